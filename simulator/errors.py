@@ -1,0 +1,41 @@
+"""What can be wrong with a distributed program, one class per mistake.
+
+Every message has the facts in its first lines and, in its last, what to change.
+"""
+
+from __future__ import annotations
+
+
+class SimulatorError(RuntimeError):
+    """Base class of every error that the simulator raises by itself."""
+
+
+class WorldError(SimulatorError, ValueError):
+    """A `VirtualWorld` was asked for something that it cannot be: a size, a mode or a seed that does not exist."""
+
+
+class CollectiveMismatchError(SimulatorError):
+    """The ranks of a group do not agree on their k-th collective.
+
+    They differ in the operation, the dtype, the shape, the root, the reduction or in one entry of the split matrix.
+    """
+
+
+class DeadlockError(SimulatorError):
+    """No rank can go on: each one waits for a rank that will never arrive."""
+
+
+class BufferError(SimulatorError, ValueError):
+    """A tensor cannot be the buffer of a collective: strided, overlapping, of the wrong size, dtype or device."""
+
+
+class UnsupportedTransformError(SimulatorError, NotImplementedError):
+    """Forward-mode AD or a functorch transform reached a collective, where its derivative would silently be zero."""
+
+
+class UnsupportedOperationError(SimulatorError, NotImplementedError):
+    """A collective, or an option of one, that virtual ranks do not have."""
+
+
+class StaleGroupError(SimulatorError):
+    """A process group is used outside of the run, or of the rank, that made it."""

@@ -1,0 +1,184 @@
+"""What an operating-system process would have of its own, kept for each virtual rank.
+
+torch.distributed's registry of groups, the environment variables, torch's random generator, and the thread's grad and
+autocast modes. The first is found through a thread-local; the next two are exchanged whenever a rank gets or gives the
+baton; the last belong to the thread anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+_thread = threading.local()
+
+
+def current() -> ProcessState | None:
+    """The state of the virtual rank that the calling thread is, None outside of virtual ranks."""
+    return getattr(_thread, "state", None)
+
+
+class ProcessState:
+    """One rank's share of everything that torch and Python keep once per process."""
+
+    def __init__(self, run: Any, rank: int, size: int) -> None:
+        self.run, self.rank = run, rank
+        self.groups = GroupRegistry(run.make_default_group)
+        own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+        self._environment = os.environ._data.copy()  # type: ignore[attr-defined]
+        for name, value in {**own, **shared}.items():
+            self._environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
+        self._generator = torch.default_generator.get_state()
+
+    def enter(self) -> None:
+        """The rank gets the baton."""
+        os.environ._data = self._environment  # type: ignore[attr-defined]
+        torch.default_generator.set_state(self._generator)
+
+    def leave(self) -> None:
+        """The rank gives the baton away."""
+        self._generator = torch.default_generator.get_state()
+
+    def adopt_thread(self) -> None:
+        """Make the calling thread this rank: its groups, and one intra-op thread."""
+        _thread.state = self
+        torch.autograd.set_multithreading_enabled(False)
+        torch.set_num_threads(1)
+        for group, name in self.groups.pg_names.items():
+            torch._C._distributed_c10d._register_process_group(name, group)
+
+
+class GroupRegistry:
+    """What `torch.distributed` knows in one process: the default group, the others, and their names.
+
+    The default group comes into being when it is first asked for, so that ordinary functions need no
+    init_process_group. A program that does call init_process_group, as under torchrun, finds nothing there yet and
+    starts it itself; after destroy_process_group it is gone, as on hardware.
+    """
+
+    pg_config_info = c10d._World.pg_config_info
+
+    def __init__(self, make_default_group: Callable[[], None]) -> None:
+        self._make_default_group = make_default_group
+        self._default: dist.ProcessGroup | None = None
+        self._started_by_program = False
+        self._making = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all groups, as a process that has just begun."""
+        self._default, self.group_count, self.comms = None, 0, []
+        self.pg_map, self.pg_names, self.pg_group_ranks, self.pg_backend_config = {}, {}, {}, {}
+        self.tags_to_pg, self.pg_to_tag, self.pg_coalesce_state = {}, {}, {}
+
+    def reopen(self) -> None:
+        """Let the default group come into being again, for a backward pass that runs after the program's end."""
+        self._started_by_program = self._default is not None and self._started_by_program
+
+    @property
+    def default_pg(self) -> dist.ProcessGroup | None:
+        if self._started_by_program or self._making:
+            return self._default
+        if _asked_by_init_process_group():
+            self.clear()
+            torch._C._distributed_c10d._unregister_all_process_groups()
+            self._started_by_program = True
+        elif self._default is None:
+            self._making = True
+            try:
+                self._make_default_group()
+            finally:
+                self._making = False
+        return self._default
+
+    @default_pg.setter
+    def default_pg(self, group: dist.ProcessGroup | None) -> None:
+        self._default = group
+        self._started_by_program |= group is None
+
+
+def _asked_by_init_process_group() -> bool:
+    """Whether the reader of `group.WORLD` is init_process_group's test for a group that exists already."""
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame is None or frame.f_code.co_name == "init_process_group":
+            return frame is not None
+        frame = frame.f_back
+    return False
+
+
+class _RoutedRegistry:
+    """Stands where torch keeps its registry: rank threads find their own, every other thread the real one."""
+
+    def __init__(self, real: Any) -> None:
+        object.__setattr__(self, "_real", real)
+
+    def __getattr__(self, name: str) -> Any:
+        state = current()
+        return getattr(self._real if state is None else state.groups, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = current()
+        setattr(self._real if state is None else state.groups, name, value)
+
+
+_installing = threading.Lock()
+_installed: list[Callable[[], None]] = []
+_users = [0]
+
+
+@contextlib.contextmanager
+def virtual_processes(new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> Iterator[None]:
+    """While this is open, rank threads have groups, environment and random numbers of their own.
+
+    Threads that are no ranks, and a real process group that they use, see no difference. Several worlds may be open
+    at once.
+    """
+    environment, generator = os.environ._data, torch.default_generator.get_state()  # type: ignore[attr-defined]
+    threads, excepthook = torch.get_num_threads(), sys.excepthook
+    with _installing:
+        if _users[0] == 0:
+            _install(new_group, rendezvous)
+        _users[0] += 1
+    try:
+        yield
+    finally:
+        with _installing:
+            _users[0] -= 1
+            if _users[0] == 0:
+                _uninstall()
+        os.environ._data = environment  # type: ignore[attr-defined]
+        torch.default_generator.set_state(generator)
+        torch.set_num_threads(threads)
+        sys.excepthook = excepthook
+
+
+def _install(new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> None:
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _installed.append(lambda: torch._C._distributed_c10d._set_thread_isolation_mode(False))
+    replacements = {
+        "_world": _RoutedRegistry(c10d._world),
+        "_new_process_group_helper": _routed(c10d._new_process_group_helper, new_group),
+        "rendezvous": _routed(c10d.rendezvous, rendezvous),
+    }
+    for name, replacement in replacements.items():
+        _installed.append(lambda name=name, original=getattr(c10d, name): setattr(c10d, name, original))
+        setattr(c10d, name, replacement)
+
+
+def _uninstall() -> None:
+    while _installed:
+        _installed.pop()()
+
+
+def _routed(real: Callable[..., Any], virtual: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: (real if current() is None else virtual)(*args, **kwargs)

@@ -1,0 +1,191 @@
+"""`VirtualWorld`: runs ordinary torch.distributed code on virtual ranks in one process.
+
+The function sees what it would see under torchrun: its own rank, world size, environment and process groups. Only the
+words that it says are matched and executed here instead of on a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (binds group.WORLD when imported: before any rank starts)
+
+from . import joint, process_state
+from .errors import DeadlockError, WorldError
+from .matching import Channel, Meeting, Waiting, lines_of, lines_text
+from .process_group import new_process_group, rendezvous
+from .scheduler import Scheduler
+from .store import VirtualStore
+
+Result = TypeVar("Result")
+
+
+class VirtualWorld:
+    r"""`size` virtual ranks, in one process and on one device.
+
+    Args:
+        size: number of ranks $P \ge 1$.
+        autograd: "faithful": each rank runs its own backward inside the function, as on hardware. "joint": what `run`
+            returns is tied together by one autograd node, so that `backward`, `torch.autograd.grad`, `gradcheck` and
+            `gradgradcheck` outside of `run` go through all ranks' graphs and the collectives between them.
+        seed: None runs the ranks in one fixed order; an integer draws another legal order, the same for the same seed.
+
+    Raises:
+        WorldError: size is no positive integer, or autograd or seed is not one of the above.
+
+    Example:
+        >>> def body():
+        ...     x = torch.tensor([dist.get_rank()])
+        ...     dist.all_reduce(x)
+        ...     return x.item()
+        >>> VirtualWorld(4).run(body)
+        [6, 6, 6, 6]
+    """
+
+    def __init__(
+        self, size: int, *, autograd: Literal["faithful", "joint"] = "faithful", seed: int | None = None
+    ) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")
+        if autograd not in ("faithful", "joint"):
+            raise WorldError(f"autograd={autograd!r} is no mode.\n  Use 'faithful' or 'joint'.")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise WorldError(f"seed={seed!r} is no integer.\n  Pass an integer, or None for the fixed order.")
+        self.size, self.autograd, self.seed = size, autograd, seed
+        self._last = Run(size, seed)
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """Bytes sent in the last run, int64 `[sender, receiver]`, what a rank keeps for itself not counted.
+
+        A joint backward adds to the run that it belongs to. `simulator.executions` says how each collective is counted.
+        """
+        return self._last.bytes.copy()
+
+    def run(self, fn: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
+        """Call `fn(*args, **kwargs)` on every rank, and return the results by rank.
+
+        Raises:
+            CollectiveMismatchError: ranks disagree on a collective; the message says where each rank stands.
+            DeadlockError: no rank can go on; likewise.
+            Exception: what `fn` raises on a rank comes out as the same object, with a note that names the rank.
+            UnsupportedTransformError: called under forward-mode AD or inside a functorch transform.
+        """
+        if not callable(fn):
+            raise WorldError(f"run() got {fn!r}, which cannot be called.\n  Pass the function that every rank runs.")
+        joint.refuse_transforms((args, kwargs))
+        self._last = run = Run(self.size, self.seed)
+        if self.autograd == "joint":
+            return joint.run(run, fn, args, kwargs)
+        return run.execute(lambda rank: fn(*args, **kwargs))
+
+
+class Run:
+    """One call of `VirtualWorld.run`: its ranks' process states, its groups, and its count of bytes."""
+
+    def __init__(self, size: int, seed: int | None) -> None:
+        self.size, self.seed = size, seed
+        self.bytes = np.zeros((size, size), dtype=np.int64)
+        self.store = VirtualStore(self)
+        self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
+        self._states: list[process_state.ProcessState] = []
+        self._order = itertools.count()
+        self.scheduler: Scheduler
+
+    def execute(self, body: Callable[[int], Result]) -> list[Result]:
+        """Run `body(rank)` on all ranks; a later call goes on with the same groups, environment and random numbers."""
+        results: list[Any] = [None] * self.size
+        modes = _thread_modes()
+
+        def enter_body(rank: int) -> None:
+            self._states[rank].adopt_thread()
+            with modes():
+                results[rank] = body(rank)
+
+        with process_state.virtual_processes(new_process_group, rendezvous):
+            if not self._states:
+                self._states = [process_state.ProcessState(self, rank, self.size) for rank in range(self.size)]
+            for state in self._states:
+                state.groups.reopen()
+            self.scheduler = Scheduler(
+                self.size,
+                self.seed,
+                enter=lambda rank: self._states[rank].enter(),
+                leave=lambda rank: self._states[rank].leave(),
+                explain_deadlock=self._deadlock,
+            )
+            self.scheduler.run(enter_body)
+        return results
+
+    def channel(self, name: str, ranks: tuple[int, ...]) -> Channel:
+        """What the ranks of a group share; every rank that makes the group gets the same."""
+        return self._channels.setdefault((name, ranks), Channel(self, ranks))
+
+    def make_default_group(self) -> None:
+        """The group of all ranks, for a program that does not call init_process_group itself."""
+        state = process_state.current()
+        assert state is not None
+        dist.init_process_group("gloo", store=self.store, rank=state.rank, world_size=self.size)
+
+    def add_bytes(self, ranks: Sequence[int], matrix: np.ndarray) -> None:
+        """Count bytes [sender, receiver] of a group."""
+        self.bytes[np.ix_(ranks, ranks)] += matrix
+
+    def next_order(self) -> int:
+        """Numbers that only grow: messages are matched oldest first."""
+        return next(self._order)
+
+    def where_ranks_stand(self, meeting: Meeting | None = None) -> str:
+        """One line a rank: what it waits for and at which source line, or that it has returned."""
+        global_rank = {} if meeting is None else {r: meeting.calls.get(i) for i, r in enumerate(meeting.channel.ranks)}
+        frames = sys._current_frames()
+        lines = []
+        for rank in range(self.size):
+            waiting, call = self.scheduler.blocked.get(rank), global_rank.get(rank)
+            thread = self.scheduler.thread_of(rank)
+            if isinstance(waiting, Waiting) and (call is None or waiting.call is call):
+                text = str(waiting)
+            elif call is not None:
+                text = f"called {call} at {lines_text(call.where)}"
+            elif rank in self.scheduler.finished:
+                text = "has returned"
+            elif waiting is not None:
+                text = str(waiting)
+            else:
+                frame = frames.get(thread.ident) if thread is not None and thread.ident else None
+                text = f"runs at {lines_text(lines_of(frame))}" if frame is not None else "has not started"
+            lines.append(f"  rank {rank}: {text}")
+        return "\n".join(lines)
+
+    def _deadlock(self) -> DeadlockError:
+        waiting, returned = len(self.scheduler.blocked), len(self.scheduler.finished)
+        return DeadlockError(
+            f"no rank can go on: {waiting} of {self.size} ranks wait for a rank that will not come, {returned} have "
+            f"returned.\n{self.where_ranks_stand()}\n"
+            "  Let every rank of a group make the same calls in the same order, and give every send a receive."
+        )
+
+
+def _thread_modes() -> Callable[[], contextlib.ExitStack]:
+    """The caller's grad and autocast modes, to enter in another thread."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = {
+        device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    }
+
+    def enter() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for device, dtype in autocast.items():
+            stack.enter_context(torch.autocast(device, dtype=dtype))
+        return stack
+
+    return enter
