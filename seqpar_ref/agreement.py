@@ -1,0 +1,73 @@
+"""What the ranks tell each other when no plan was made beforehand.
+
+Each call, every rank sends one record of a fixed number of integers to every other: 8 bytes for each field. From the
+gathered records all ranks make the same plan, or raise the same error. Nothing is remembered by local shape: a rank
+whose own sizes did not change still learns that another's did.
+"""
+
+from dataclasses import astuple, dataclass, fields
+from functools import lru_cache
+
+import torch
+
+from .errors import RankMismatchError
+from .group import Group
+from .plan import Plan, make_plan
+from .shapes import DTYPES, LAYOUTS
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one rank brings to a call. All integers; `dtype` and `layout` are positions in DTYPES and LAYOUTS."""
+
+    tokens: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int
+    dtype: int
+    layout: int
+    requires_grad: int
+
+
+def agree(group: Group, record: Record, device: torch.device) -> Plan:
+    """Exchange the records and plan from them, with the policy "auto".
+
+    Raises:
+        RankMismatchError: the ranks differ in anything but their tokens; the same error on every rank.
+    """
+    records = group.all_gather_integers(list(astuple(record)), device)
+    for column, field in enumerate(fields(Record)):
+        by_rank = [row[column] for row in records]
+        if field.name != "tokens" and len(set(by_rank)) > 1:
+            word = field.name.replace("_", " ")
+            raise RankMismatchError(
+                f"the ranks differ in {word}: {_by_value(field.name, by_rank)}.",
+                f"Call on every rank of the group with the same {word}; only the tokens may differ.",
+            )
+    tokens = tuple(row[0] for row in records)
+    return _plan(group.size, record.query_heads, record.kv_heads, tokens)
+
+
+@lru_cache(maxsize=64)
+def _plan(ranks: int, heads: int, kv_heads: int, tokens: tuple[int, ...]) -> Plan:
+    return make_plan(ranks=ranks, heads=heads, kv_heads=kv_heads, tokens=tokens)
+
+
+def _by_value(name: str, by_rank: list[int]) -> str:
+    """For example: 8 on ranks 0, 1, 3; 4 on rank 2."""
+    words = []
+    for value in dict.fromkeys(by_rank):
+        ranks = [rank for rank, other in enumerate(by_rank) if other == value]
+        listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        words.append(f"{_readable(name, value)} on rank{'s' if len(ranks) > 1 else ''} {listed}")
+    return "; ".join(words)
+
+
+def _readable(name: str, value: int) -> str:
+    if name == "dtype":
+        return str(DTYPES[value]).removeprefix("torch.")
+    if name == "layout":
+        return repr(list(LAYOUTS)[value])
+    return ("no", "yes")[value] if name == "requires_grad" else str(value)

@@ -1,0 +1,231 @@
+r"""From a shard of the sequence to a shard of the heads, and back.
+
+$$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
+
+Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other direction:
+its cuts change places. So there is one autograd node, whose backward applies itself.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import ArgumentError, ShapeError, TensorError
+from .group import Group, GroupLike, check_size, group_of
+from .plan import Heads, Plan
+from .shapes import Layout, check_tensor, layout_of, no_type_check
+from .wire import Cut, Part
+
+
+@no_type_check
+def sequence_to_heads(
+    shard: Float[Tensor, "_ _ _ dim"],
+    plan: Plan,
+    group: GroupLike = None,
+    *,
+    layout: str = "b s h d",
+    heads: str = "query",
+) -> Float[Tensor, "_ _ _ dim"]:
+    r"""Give up most heads, receive the whole sequence.
+
+    $$A[B, S_P, H, D] \to A[B, S, H_P, D]$$
+
+    With equal tokens and heads that divide by the P ranks each rank sends $\frac{P-1}{P} B \frac{S}{P} H D$
+    elements; in general rank i sends `B * D * plan.vectors(heads)[i, j]` elements to rank j.
+
+    Args:
+        shard: all heads of this rank's tokens, `[batch, seq_local, heads, dim]` in the order of `layout`.
+        plan: who owns what.
+        group: process group or one-axis device mesh; all ranks of the world unless given.
+        layout: "b s h d", "s b h d" or "b h s d".
+        heads: "query", or "kv" for key and value heads, each of which goes to every rank that uses it.
+
+    Returns:
+        This rank's heads of all tokens in global order, `[batch, seq, heads_local, dim]` in the order of `layout`.
+        The gradient of a head that went to several ranks is the sum of theirs, in rank order, half types in float32.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+    """
+    member, order, kind = _check(plan, group, layout, heads)
+    check_tensor("shard", shard, order)
+    all_heads = plan.heads if kind == "query" else plan.kv_heads
+    _check_sizes("shard", shard, order, len(plan.tokens_of(member.rank)), all_heads, member.rank)
+    sequence, by_heads = _cuts(
+        plan, member.rank, order, _batch(shard, order), (kind,), shard.shape[3:], shard.device
+    )
+    return _Exchange.apply(member, sequence, by_heads, shard)[0]
+
+
+@no_type_check
+def heads_to_sequence(
+    shard: Float[Tensor, "_ _ _ dim"],
+    plan: Plan,
+    group: GroupLike = None,
+    *,
+    layout: str = "b s h d",
+    heads: str = "query",
+) -> Float[Tensor, "_ _ _ dim"]:
+    r"""Give up most of the sequence, receive all heads: the inverse of `sequence_to_heads`.
+
+    $$A[B, S, H_P, D] \to A[B, S_P, H, D]$$
+
+    Rank i sends `B * D * plan.vectors(heads)[j, i]` elements to rank j. Of a kv head that several ranks hold, the
+    lowest rank sends its copy and the others send nothing ("kv once" in `Plan.vectors`).
+
+    Args:
+        shard: this rank's heads of all tokens, `[batch, seq, heads_local, dim]` in the order of `layout`.
+        plan, group, layout, heads: as for `sequence_to_heads`.
+
+    Returns:
+        All heads of this rank's tokens, `[batch, seq_local, heads, dim]` in the order of `layout`.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+    """
+    member, order, kind = _check(plan, group, layout, heads)
+    check_tensor("shard", shard, order)
+    own_heads = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
+    _check_sizes("shard", shard, order, plan.tokens, len(own_heads), member.rank)
+    kinds: tuple[Heads, ...] = ("query",) if kind == "query" else ("kv once",)
+    sequence, by_heads = _cuts(
+        plan, member.rank, order, _batch(shard, order), kinds, shard.shape[3:], shard.device
+    )
+    return _Exchange.apply(member, by_heads, sequence, shard)[0]
+
+
+@no_type_check
+def qkv_to_heads(
+    query: Float[Tensor, "_ _ _ dim"],
+    key: Float[Tensor, "_ _ _ dim"],
+    value: Float[Tensor, "_ _ _ value_dim"],
+    plan: Plan,
+    group: GroupLike = None,
+    *,
+    layout: str = "b s h d",
+) -> tuple[Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ value_dim"]]:
+    """`sequence_to_heads` of query, key and value in one collective, and of their gradients in one.
+
+    The chunk for a rank holds its query heads, then its key heads, then its value heads. Values and gradients equal
+    those of three calls to the bit. The value's head dim may differ.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError: before any communication.
+    """
+    member, order, _ = _check(plan, group, layout, "query")
+    check_qkv(query, key, value, order)
+    tokens = len(plan.tokens_of(member.rank))
+    _check_sizes("query", query, order, tokens, plan.heads, member.rank)
+    _check_sizes("key", key, order, tokens, plan.kv_heads, member.rank)
+    dims = (query.shape[3], key.shape[3], value.shape[3])
+    kinds: tuple[Heads, ...] = ("query", "kv", "kv")
+    sequence, by_heads = _cuts(plan, member.rank, order, _batch(query, order), kinds, dims, query.device)
+    return _Exchange.apply(member, sequence, by_heads, query, key, value)
+
+
+@no_type_check
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
+    """Refuse query, key and value that do not belong together.
+
+    Raises:
+        TensorError, ShapeError: with the sizes.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, layout)
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise TensorError(
+                f"query is {query.dtype} on {query.device}, {name} is {tensor.dtype} on {tensor.device}.",
+                f"Convert {name} to the dtype and device of query.",
+            )
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    for dim, word in ((layout.batch, "batch"), (layout.sequence, "tokens")):
+        if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
+            raise ShapeError(
+                f"{word} differ in {shapes}.", f"Give query, key and value the same {word} ({layout.name})."
+            )
+    if key.shape[layout.heads] != value.shape[layout.heads]:
+        raise ShapeError(
+            f"kv heads differ in {shapes}.", f"Give key and value the same heads ({layout.name})."
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ShapeError(f"the head dim differs in {shapes}.", "Give query and key the same head dim.")
+
+
+class _Exchange(torch.autograd.Function):
+    """Pack along one cut, one all-to-all, unpack along the other. The gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, outgoing: Cut, incoming: Cut, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.reverse = (group, incoming, outgoing)
+        ctx.save_for_backward(tensors[0].new_empty(0))
+        sent = outgoing.pack(tensors)
+        received = incoming.buffer(tensors[0].dtype)
+        flat = received.view(-1)[: incoming.size]
+        group.all_to_all_single(flat, sent, incoming.splits, outgoing.splits)
+        return incoming.unpack(received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves one and
+        # asks for it before it communicates, so all ranks recompute at the same collective, those without heads too.
+        _ = ctx.saved_tensors
+        return (None, None, None, *_Exchange.apply(*ctx.reverse, *gradients))
+
+
+@lru_cache(maxsize=64)
+def _cuts(
+    plan: Plan,
+    rank: int,
+    layout: Layout,
+    batch: int,
+    heads: tuple[Heads, ...],
+    dims: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Cut, Cut]:
+    """The cut by heads of the rank's tokens and the cut by tokens of the rank's heads. A pure function of integers."""
+    own_tokens = len(plan.tokens_of(rank))
+    cut_by_heads, cut_by_tokens = [], []
+    for kind, dim in zip(heads, dims, strict=True):
+        everyone = plan.heads if kind == "query" else plan.kv_heads
+        runs = plan.head_runs(kind)
+        cut_by_heads.append(Part(layout.shape(batch, own_tokens, everyone, dim), runs))
+        held = plan.query_heads(rank) if kind == "query" else plan.kv_heads_of(rank)
+        window = None
+        if kind == "kv once" and plan.kv_heads_returned_by(rank) != held:
+            start, stop = (int(run[rank]) - held.start for run in runs)
+            window = (layout.heads, start, stop)
+        cut_by_tokens.append(Part(layout.shape(batch, plan.tokens, len(held), dim), plan.token_runs, window))
+    return (
+        Cut(layout.heads, tuple(cut_by_heads), device),
+        Cut(layout.sequence, tuple(cut_by_tokens), device),
+    )
+
+
+def _batch(tensor: Tensor, layout: Layout) -> int:
+    return tensor.shape[layout.batch]
+
+
+@no_type_check
+def _check(plan: Plan, group: GroupLike, layout: str, heads: str) -> tuple[Group, Layout, str]:
+    """What every exchange checks first. Nothing has been sent yet."""
+    if not isinstance(plan, Plan):
+        raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
+    if not isinstance(heads, str) or heads not in ("query", "kv"):
+        raise ArgumentError(f"heads is {heads!r}.", 'Use "query" or "kv".')
+    order = layout_of(layout)
+    member = group_of(group)
+    check_size(member, plan.ranks)
+    return member, order, heads
+
+
+def _check_sizes(name: str, tensor: Tensor, layout: Layout, tokens: int, heads: int, rank: int) -> None:
+    found = (tensor.shape[layout.sequence], tensor.shape[layout.heads])
+    if found != (tokens, heads):
+        raise ShapeError(
+            f"{name} has {found[0]} tokens and {found[1]} heads, {tuple(tensor.shape)} read as {layout.name!r}; "
+            f"the plan gives rank {rank} {tokens} tokens and {heads} heads here.",
+            "Pass a tensor of those sizes, the layout it has, or a plan made for it.",
+        )
