@@ -29,8 +29,8 @@ padding. So a mask function is registered too, and whatever would change the res
 | whatever else transformers may pass | `UnknownArgumentError` |
 
 Two things an attention cannot see. A model that is given `labels` shifts them inside its shard and loses the
-target of the shard's last token: shift them over all tokens first and pass `shift_labels` as well. And the loss
-that a model returns is the mean over the rank's own tokens.
+target of the shard's last token: shift them over all tokens first and pass `shift_labels` as well. And the
+loss that a model returns is the mean over the rank's own tokens.
 """
 
 from typing import Any

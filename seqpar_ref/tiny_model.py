@@ -1,8 +1,8 @@
-"""A small random language model in plain PyTorch, to see where sequence-parallel attention goes in a model of one's own.
+"""A small random language model in plain PyTorch: where sequence-parallel attention goes in a model.
 
 Only two things in it know that a rank holds a part of the tokens: the position ids, which are global, and the
-attention, which is handed in.  On one device it is :func:`one_device_attention`; on several ranks it is a
-``DistributedAttention``.  Norms, projections and MLP work on single tokens and need no change.
+attention, which is handed in. On one device it is `one_device_attention`; on several ranks it is a
+`DistributedAttention`. Norms, projections and MLP work on single tokens and need no change.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar_ref.rotary import apply_rotary
+from .rotary import apply_rotary
 
 Attention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of a :class:`TinyModel`; the head counts are SmolLM2's, so that 2 or 4 ranks get uneven shares."""
+    """Sizes of a `TinyModel`. The head counts are SmolLM2's, so that 2 or 4 ranks get uneven shares."""
 
     layers: int = 4
     heads: int = 9
@@ -70,7 +70,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Token ids and global position ids in, hidden states out; ``logits`` turns those into next-token scores.
+    """Token ids and global position ids in, hidden states out; `logits` turns those into next-token scores.
 
     Args:
         config: the sizes.

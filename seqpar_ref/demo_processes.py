@@ -1,0 +1,182 @@
+"""The demo on real processes, one rank each: under torchrun, or started here through torchrun.
+
+Rank 0 reads the model, the others receive its weights; then every rank does what a virtual rank does.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .demo import Options, Steps, compare, plan_for, read_inputs, read_on_one_device, read_own_part, report
+from .demo_models import LanguageModel, SmolLM2, Tiny
+from .errors import ArgumentError, SeqparError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+class NoAcceleratorError(SeqparError, RuntimeError):
+    """nccl was asked for on a machine without enough CUDA devices."""
+
+
+class BytesSent(TorchDispatchMode):
+    """Counts the bytes that this rank sends to each rank while the mode is on.
+
+    Only all_to_all_single is counted; `uncounted` names any other collective that ran.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.by_receiver = np.zeros(ranks, dtype=np.int64)
+        self.uncounted: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d.alltoall_base_.default:
+            self._count(args[1], args[4])
+        elif func.namespace == "c10d":
+            self.uncounted.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, tensor: Tensor, splits: list[int]) -> None:
+        ranks = len(self.by_receiver)
+        rows = np.asarray(splits or [len(tensor) // ranks] * ranks)
+        row_bytes = tensor[:1].numel() * tensor.element_size()
+        sent = rows * row_bytes
+        sent[dist.get_rank()] = 0
+        self.by_receiver += sent
+
+
+def check_device(options: Options) -> None:
+    """Refuse nccl where this machine has too few CUDA devices for it.
+
+    Raises:
+        NoAcceleratorError: see above.
+    """
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", options.ranks))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.backend == "nccl" and found < needed:
+        raise NoAcceleratorError(
+            f"nccl needs a CUDA device for each of the {needed} ranks on this machine; torch finds {found}.",
+            "Use --backend gloo or --backend virtual, or a machine with GPUs and a CUDA build of torch.",
+        )
+
+
+def run(options: Options, console: Console) -> int:
+    """One rank's part where torchrun started this process; else start torchrun. Returns the exit code."""
+    if "RANK" not in os.environ:
+        return _launch(options)
+    _run_rank(options, console)
+    return 0
+
+
+def _launch(options: Options) -> int:
+    """Start the same command under torchrun, on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(options.ranks), "-m", "seqpar_ref.cli", "demo"]
+    command += ["--ranks", str(options.ranks), "--tokens", str(options.tokens), "--backend", options.backend]
+    command += ["--model", options.model, "--out", str(options.out)]
+    if options.text is not None:
+        command += ["--text", str(options.text)]
+    threads = str(max(1, (os.cpu_count() or 1) // options.ranks))
+    return subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}, check=False).returncode
+
+
+def _run_rank(options: Options, console: Console) -> None:
+    """This process's part of the demo, as one rank under torchrun. Rank 0 prints and draws.
+
+    Raises:
+        ArgumentError: --ranks is not the number of processes; whatever rank 0 refuses, on all ranks.
+        DemoFailedError: on rank 0, see `demo.report`.
+    """
+    processes = int(os.environ["WORLD_SIZE"])
+    if options.ranks != processes:
+        raise ArgumentError(
+            f"--ranks is {options.ranks} and torchrun started {processes} processes.",
+            f"Use torchrun --nproc-per-node {options.ranks}, or --ranks {processes}.",
+        )
+    device = torch.device("cpu")
+    if options.backend == "nccl":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group(options.backend, timeout=TIMEOUT)
+    try:
+        _read_and_report(options, Steps(console), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _read_and_report(options: Options, steps: Steps, device: torch.device) -> None:
+    rank = dist.get_rank()
+    with steps.step(f"loading the model ({options.model}) and the text, for {options.ranks} ranks"):
+        model, token_ids = _read_once(options, device)
+    plan = plan_for(model, options.ranks, options.tokens)
+    with steps.step(f"one device reads {options.tokens:,} tokens"):
+        reference = _read_on_rank_0(model, token_ids)
+    model.distribute(plan)
+    counter = BytesSent(options.ranks)
+    with steps.step(f"{options.ranks} processes read the same {options.tokens:,} tokens, split"):
+        with counter:
+            hidden = read_own_part(model, token_ids, plan)
+        dist.barrier()
+    with steps.step("comparing the logits"):
+        row = compare(model, hidden, reference, token_ids, plan.tokens_of(rank))
+        everyone: list[Any] = [None] * options.ranks
+        dist.all_gather_object(everyone, (row, counter.by_receiver, counter.uncounted))
+    if rank == 0:
+        uncounted = set().union(*(names for _, _, names in everyone))
+        if uncounted:
+            raise RuntimeError(f"collectives were issued that the plan does not know: {sorted(uncounted)}")
+        sent = np.stack([by_receiver for _, by_receiver, _ in everyone])
+        report(options, steps.console, model, plan, sent, [row for row, _, _ in everyone])
+
+
+def _read_once(options: Options, device: torch.device) -> tuple[LanguageModel, Tensor]:
+    """Rank 0 reads model and text; the others get the configuration, the weights and the token ids from it."""
+    shared: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            model, token_ids = read_inputs(options)
+            shared = [getattr(model.module, "config", None), token_ids]
+        except SeqparError as error:
+            shared = [error, None]
+    dist.broadcast_object_list(shared, src=0, device=device)
+    if isinstance(shared[0], SeqparError):
+        raise shared[0]
+    if dist.get_rank() != 0:
+        model, token_ids = _same_model(options, shared[0]), shared[1]
+    model.module.to(device)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            dist.broadcast(parameter, src=0)
+    return model, token_ids.to(device)
+
+
+def _same_model(options: Options, config: Any) -> LanguageModel:
+    """A model of the same sizes, whose weights are to be received."""
+    if options.model == "tiny":
+        return Tiny()
+    from transformers import AutoModelForCausalLM
+
+    del config.quantization_config  # the weights arrive in float32
+    return SmolLM2(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def _read_on_rank_0(model: LanguageModel, token_ids: Tensor) -> Tensor:
+    """One device's hidden states, made on rank 0 with every core and sent to all."""
+    threads = torch.get_num_threads()
+    shape = (1, token_ids.shape[1], model.heads * model.head_dim)
+    reference = torch.empty(shape, device=token_ids.device)
+    if dist.get_rank() == 0:
+        torch.set_num_threads(os.cpu_count() or 1)
+        reference = read_on_one_device(model, token_ids).clone()
+        torch.set_num_threads(threads)
+    dist.broadcast(reference, src=0)
+    return reference
