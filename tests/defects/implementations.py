@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar_ref import DistributedAttention, apply_rotary
+
 THETA = 10_000.0
 Attention = Callable[..., Tensor]  # (query, key, value, *args) -> output
 
@@ -20,23 +22,17 @@ Attention = Callable[..., Tensor]  # (query, key, value, *args) -> output
 class Ours:
     @staticmethod
     def module(local_attention: Attention, layout: str, group: Any = None) -> Attention:
-        from seqpar_ref import DistributedAttention
-
         return DistributedAttention(local_attention, group, layout=layout)
 
     attention = module
 
     @staticmethod
     def attention_with_defaults(local_attention: Attention) -> Attention:
-        from seqpar_ref import DistributedAttention
-
         return DistributedAttention(local_attention)
 
     @staticmethod
     def attention_with_rotary(local_attention: Attention, layout: str, tokens: Sequence[int]) -> Attention:
         """Rotates the shard by its global positions, then attends; a rank needs no other rank's angles."""
-        from seqpar_ref import apply_rotary
-
         rank = dist.get_rank()
         position_ids = torch.arange(sum(tokens[:rank]), sum(tokens[: rank + 1]))
         attention = Ours.module(local_attention, layout)
@@ -68,10 +64,10 @@ class Original:
 
     @staticmethod
     def module(local_attention: Attention, layout: str, group: Any = None) -> Attention:
-        from deepspeed.sequence.layer import DistributedAttention
+        from deepspeed.sequence import layer
 
         scatter, gather, _ = Original.INDICES[layout]
-        return DistributedAttention(local_attention, group or dist.group.WORLD, scatter, gather)
+        return layer.DistributedAttention(local_attention, group or dist.group.WORLD, scatter, gather)
 
     @staticmethod
     def attention(local_attention: Attention, layout: str, group: Any = None) -> Attention:
@@ -81,9 +77,9 @@ class Original:
 
     @staticmethod
     def attention_with_defaults(local_attention: Attention) -> Attention:
-        from deepspeed.sequence.layer import DistributedAttention
+        from deepspeed.sequence import layer
 
-        module = DistributedAttention(local_attention, dist.group.WORLD)
+        module = layer.DistributedAttention(local_attention, dist.group.WORLD)
         return lambda query, key, value: module(query, key, value, 0)
 
     @staticmethod

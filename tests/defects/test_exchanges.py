@@ -24,9 +24,16 @@ class Traffic(TorchDispatchMode):
         if "alltoall" in name:
             self.exchanges += 1
         elif isinstance(result, torch.Tensor) and result.is_floating_point() and "empty" not in name:
-            is_view = function._schema.returns[0].alias_info is not None and not function._schema.is_mutable
-            self.written += 0 if is_view else result.numel()
+            self.written += _elements_written(function, args, result)
         return result
+
+
+def _elements_written(function, args, result):
+    if "index_put" in function.name():  # writes the rows that the index names, and returns the whole buffer
+        return args[1][0].numel() * result[0].numel()
+    schema = function._schema
+    is_view = schema.returns[0].alias_info is not None and not schema.is_mutable
+    return 0 if is_view else result.numel()
 
 
 def count_traffic(implementation, case):

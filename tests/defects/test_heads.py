@@ -25,7 +25,7 @@ def test_d6_two_models_with_different_head_counts_live_in_one_process(run, heads
         check(case, [result[index] for result in results])
 
 
-@pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(4, 14, 2), (2, 6, 3)])
+@pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(2, 6, 3), (4, 15, 5), (4, 14, 2)])
 def test_d7_query_heads_stay_with_their_kv_head(run, ranks, heads, kv_heads):
     case = Case(heads=heads, kv_heads=kv_heads, tokens=(3,) * ranks)
     check(case, run(attend_one, ranks, case))
