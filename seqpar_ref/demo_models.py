@@ -7,7 +7,7 @@ object can serve every virtual rank.
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ class MissingPackageError(SeqparError, ImportError):
     """A package that the demo needs is not installed; the message says which command installs it."""
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What the demo asks of a model."""
 

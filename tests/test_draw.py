@@ -1,0 +1,84 @@
+"""The figures: what they show is read back from the drawn objects, not compared with a stored picture."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+from simulator.draw import DrawingError, draw_bytes, draw_exchange, draw_layouts
+
+TOKENS = [range(0, 5), range(5, 5), range(5, 12)]
+QUERY_HEADS = [range(0, 2), range(2, 4), range(4, 4)]
+KV_HEADS = [range(0, 1), range(0, 1), range(1, 1)]  # one kv head that two ranks hold
+SENT = np.array([[0, 3, 500], [7, 0, 0], [11, 13, 0]])
+
+
+def tiles(panel):
+    """(left, top, width, height, colour) of every tile."""
+    patches = [patch for patch in panel.patches if isinstance(patch, Rectangle)]
+    return [(*patch.get_xy(), patch.get_width(), patch.get_height(), patch.get_facecolor()) for patch in patches]
+
+
+def words(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+def test_layouts_show_who_holds_what():
+    before, query, kv = draw_layouts(TOKENS, {"query heads": QUERY_HEADS, "kv heads": KV_HEADS}).axes
+    assert [tile[:4] for tile in tiles(before)] == [(-0.5, 0, 4, 5), (-0.5, 5, 4, 7)]
+    assert words(before) == ["rank 0", "rank 2"]
+    assert [tile[:4] for tile in tiles(query)] == [(-0.5, 0, 2, 12), (1.5, 0, 2, 12)]
+    assert words(query) == ["0", "1"]
+    assert [tile[:4] for tile in tiles(kv)] == [(-0.5, 0, 0.5, 12), (0, 0, 0.5, 12)]
+    assert words(kv) == ["0", "1"]
+    assert tiles(before)[0][4] == tiles(query)[0][4] == tiles(kv)[0][4]
+    for panel in (before, query, kv):
+        assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
+
+
+def test_bytes_show_every_entry_with_its_unit():
+    (panel, bar) = draw_bytes(SENT * 1024).axes
+    (image,) = (child for child in panel.get_children() if isinstance(child, AxesImage))
+    assert np.array_equal(image.get_array(), SENT)
+    assert [word for word in words(panel) if word] == [str(entry) for entry in SENT.flatten()]
+    assert panel.get_ylabel() == "sending rank" and panel.get_xlabel() == "receiving rank"
+    assert "KiB" in bar.get_ylabel()
+    assert "534 KiB in all" in panel.get_title()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 9, 16, 40])
+def test_neighbours_differ_in_colour_and_text_is_readable(ranks):
+    tokens = [range(3 * rank, 3 * rank + 3) for rank in range(ranks)]
+    heads = [range(rank, rank + 1) for rank in range(ranks)]
+    picture = draw_exchange(tokens, {"query heads": heads}, np.ones((ranks, ranks), dtype=int))
+    panel = picture.axes[0]
+    colours = [tile[4] for tile in tiles(panel)]
+    assert len(set(colours)) == ranks
+    for text, colour in zip(panel.texts, colours, strict=True):
+        luminance = [np.dot((0.2126, 0.7152, 0.0722), to_rgb(c)) for c in (text.get_color(), colour)]
+        assert abs(luminance[0] - luminance[1]) > 0.3
+    picture.draw_without_rendering()
+
+
+def test_svg_is_the_same_for_the_same_data():
+    first, second = (draw_bytes(SENT)._repr_svg_() for _ in range(2))
+    assert first == second and "<svg" in first
+    assert draw_bytes(SENT + 1)._repr_svg_() != first
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "sent", "message"),
+    [
+        ([], {"query heads": []}, SENT, "0 ranks"),
+        (TOKENS, {}, SENT, "0 kinds of head"),
+        (TOKENS, {"kv heads": KV_HEADS[:2]}, SENT, "kv heads are given for 2 ranks, tokens for 3"),
+        (TOKENS, {"kv heads": KV_HEADS}, SENT[:2, :2], "for 2 ranks"),
+        (TOKENS, {"kv heads": KV_HEADS}, SENT[:2], r"shape \(2, 3\)"),
+        (TOKENS, {"kv heads": KV_HEADS}, -SENT, "holds -500"),
+        (TOKENS, {"kv heads": KV_HEADS}, [], "shape"),
+    ],
+)
+def test_refusals(tokens, heads, sent, message):
+    with pytest.raises(DrawingError, match=message):
+        draw_exchange(tokens, heads, sent)
