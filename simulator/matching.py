@@ -45,7 +45,9 @@ class Call:
         inputs: tensors that are read.
         outputs: tensors that `Meeting.results` are copied into, in the same order.
         where: the program's source lines, innermost first.
-        splits: for all_to_all, the rows along dim 0 sent to each rank and received from each rank.
+        splits: for all_to_all, the rows along dim 0 sent to each rank and received from each rank, int64.
+        deferred: the outputs are filled when the rank waits, and not before; else as soon as the collective executes.
+        landed: the outputs are filled.
     """
 
     kind: str
@@ -54,7 +56,15 @@ class Call:
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     where: tuple[tuple[CodeType, int], ...]
-    splits: tuple[Sequence[int], Sequence[int]] | None = None
+    splits: tuple[np.ndarray, np.ndarray] | None = None
+    deferred: bool = True
+    landed: bool = False
+
+    def land(self, received: Sequence[Tensor]) -> None:
+        """Fill the outputs; a rank that is not the root of a reduce has none."""
+        for output, tensor in zip(self.outputs, received, strict=False):
+            output.detach().copy_(tensor.view(output.shape))
+        self.landed = True
 
     def __str__(self) -> str:
         facts = ", ".join(f"{name} {_readable(value)}" for name, value in self.agree.items())
@@ -82,7 +92,8 @@ class Meeting:
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self.number = channel, number
         self.calls: dict[int, Call] = {}
-        self.results: list[Sequence[Tensor]] | None = None
+        self.executed = False
+        self._results: dict[int, Sequence[Tensor]] = {}
         self._waiting: list[int] = []
 
     def __str__(self) -> str:
@@ -103,19 +114,27 @@ class Meeting:
             self.channel.run.scheduler.suspect(lambda error=error: self._explain(str(error)))
             return
         with torch.no_grad():
-            self.results = _snapshot(collective.execute(calls), calls)
+            results = _snapshot(collective.execute(calls), calls)
+            for call, received in zip(calls, results, strict=True):
+                if call.deferred:
+                    self._results[call.rank] = received
+                else:
+                    call.land(received)
         self.channel.run.add_bytes(self.channel.ranks, collective.sent(calls))
         self.channel.finished(self)
+        self.executed = True
         for rank in self._waiting:
             self.channel.run.scheduler.ready(rank)
 
     def wait(self, call: Call) -> None:
-        """Block the calling rank until the collective has executed."""
+        """Block the calling rank until the collective has executed and its outputs are filled."""
         scheduler, rank = self.channel.run.scheduler, self.channel.ranks[call.rank]
         scheduler.check(rank)
-        while self.results is None:
+        while not self.executed:
             self._waiting.append(rank)
             scheduler.block(rank, Waiting(call, self))
+        if not call.landed:
+            call.land(self._results.pop(call.rank))
 
     def _differs(self) -> bool:
         first = next(iter(self.calls.values()))
@@ -128,7 +147,7 @@ class Meeting:
         else:
             facts = [call.agree for call in self.calls.values()]
             names = [name for name in facts[0] if any(fact.get(name) != facts[0][name] for fact in facts)]
-            what = f"different {', '.join(names) or 'arguments'}"
+            what = f"{kinds.pop()} with different {', '.join(names)}"
         return self._explain(f"the ranks call {what}.\n  Make every rank of the group call the same, in the same order.")
 
     def _explain(self, what: str) -> CollectiveMismatchError:
@@ -149,16 +168,16 @@ class Waiting:
 class Channel:
     """What the ranks of one process group share: meetings in order, and messages between two ranks."""
 
-    def __init__(self, run: Run, ranks: tuple[int, ...]) -> None:
-        self.run, self.ranks = run, ranks
+    def __init__(self, run: Run, name: str, ranks: tuple[int, ...]) -> None:
+        self.run, self.name, self.ranks = run, name, ranks
         self._meetings: dict[int, Meeting] = {}
         self._arrived = [0] * len(ranks)
         self._sends: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
         self._receives: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
 
     def __str__(self) -> str:
-        whole = self.ranks == tuple(range(self.run.size))
-        return f"group of all {self.run.size} ranks" if whole else f"group {list(self.ranks)}"
+        members = f"all {self.run.size} ranks" if len(self.ranks) == self.run.size else f"ranks {list(self.ranks)}"
+        return f"group {self.name!r} of {members}"
 
     def meet(self, call: Call, collective: Collective) -> Meeting:
         """This rank's next collective on this group."""
@@ -212,7 +231,7 @@ class Channel:
         matrix[send.call.rank, receive.call.rank] = nbytes(source)
         np.fill_diagonal(matrix, 0)
         self.run.add_bytes(self.ranks, matrix)
-        send.matched = receive.matched = True
+        send.executed = receive.executed = True
         for rank in send.waiting + receive.waiting:
             self.run.scheduler.ready(rank)
 
@@ -234,20 +253,22 @@ class Message:
     tag: int
     order: int
     content: Tensor | None = None
-    matched: bool = False
+    executed: bool = False
     waiting: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         peer = "any rank" if self.peer is None else f"rank {self.channel.ranks[self.peer]}"
         return f"{'to' if self.sends else 'from'} {peer}, tag {self.tag}"
 
-    def wait(self) -> None:
-        """Block the calling rank until the other side is there."""
+    def wait(self, call: Call) -> None:
+        """Block the calling rank until the other side is there and, on the receiver, the output is filled."""
         scheduler, rank = self.channel.run.scheduler, self.channel.ranks[self.call.rank]
         scheduler.check(rank)
-        while not self.matched:
+        while not self.executed:
             self.waiting.append(rank)
-            scheduler.block(rank, Waiting(self.call, self))
+            scheduler.block(rank, Waiting(call, self))
+        if not call.landed:
+            call.land([] if self.content is None else [self.content])
 
 
 def _snapshot(results: list[Sequence[Tensor]], calls: list[Call]) -> list[Sequence[Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -63,7 +64,7 @@ class VirtualGroup(dist.ProcessGroup):
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
         opts: Any = None,
-        splits: tuple[Sequence[int], Sequence[int]] | None = None,
+        splits: tuple[np.ndarray, np.ndarray] | None = None,
         **agree: Any,
     ) -> VirtualWork:
         self._check_member()
@@ -74,10 +75,10 @@ class VirtualGroup(dist.ProcessGroup):
         is_async = getattr(opts, "asyncOp", True)
         if is_async:
             inputs = [x.detach().clone() if any(_overlap(x, output) for output in outputs) else x for x in inputs]
-        call = Call(kind, self._rank, agree, inputs, outputs, program_lines(), splits)
-        work = VirtualWork(call, self.channel.meet(call, COLLECTIVES[kind]))
+        call = Call(kind, self._rank, agree, inputs, outputs, program_lines(), splits, deferred=is_async)
         if is_async:
-            work.poison()
+            _poison(outputs)
+        work = VirtualWork(call, self.channel.meet(call, COLLECTIVES[kind]))
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -200,9 +201,9 @@ class VirtualGroup(dist.ProcessGroup):
         agree = {"shape": _shapes([tensor]), "dtype": tensor.dtype}
         call = Call(kind, self._rank, agree, [tensor] * sends, [tensor] * (not sends), program_lines())
         message = Message(self.channel, call, sends, peer, tag, self.channel.run.next_order())
+        _poison(call.outputs)
         self.channel.post(message)
         work = VirtualWork(call, message)
-        work.poison()
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -228,32 +229,15 @@ class VirtualWork(dist.Work):
     def __init__(self, call: Call, place: Meeting | Message) -> None:
         super().__init__()
         self._call, self._place = call, place
-        self._landed, self._polls = False, 0
-
-    def poison(self) -> None:
-        """Fill the outputs with values that cannot be mistaken for data, until `wait()`."""
-        for output in self._call.outputs:
-            _poison(output.detach())
+        self._polls = 0
 
     def wait(self, timeout: Any = None) -> bool:
-        if not self._landed:
-            if isinstance(self._place, Meeting):
-                self._place.wait(self._call)
-            else:
-                self._place.wait()
-            for output, received in zip(self._call.outputs, self._received(), strict=False):
-                output.detach().copy_(received.view(output.shape))
-            self._landed = True
+        if not self._call.landed:
+            self._place.wait(self._call)
         return True
 
-    def _received(self) -> Sequence[Tensor]:
-        if isinstance(self._place, Meeting):
-            assert self._place.results is not None
-            return self._place.results[self._call.rank]
-        return [] if self._place.content is None else [self._place.content]
-
     def is_completed(self) -> bool:
-        if self._landed:
+        if self._call.landed:
             return True
         self._polls += 1
         if self._polls > _POLLS_BEFORE_BLOCKING:
@@ -261,11 +245,10 @@ class VirtualWork(dist.Work):
         state = process_state.current()
         if state is not None:
             state.run.scheduler.step_aside(state.rank)
-        place = self._place
-        return place.results is not None if isinstance(place, Meeting) else place.matched
+        return self._place.executed
 
     def is_success(self) -> bool:
-        return self._landed
+        return self._call.landed
 
     def exception(self) -> None:
         return None
@@ -398,7 +381,7 @@ def _part(tensor: Tensor, rank: int, size: int) -> Tensor:
     return tensor.view(-1)[rank * length : (rank + 1) * length] if tensor.is_contiguous() else tensor
 
 
-def _splits(name: str, tensor: Tensor, splits: Sequence[int] | None, size: int) -> list[int]:
+def _splits(name: str, tensor: Tensor, splits: Sequence[int] | None, size: int) -> np.ndarray:
     """Rows by rank, checked against the tensor; equal parts if no sizes are given."""
     if tensor.dim() == 0:
         raise BufferError(f"all_to_all_single: the {name} has no dims.\n  Pass a tensor with rows along dim 0.")
@@ -409,12 +392,13 @@ def _splits(name: str, tensor: Tensor, splits: Sequence[int] | None, size: int) 
                 f"all_to_all_single: the {name} has {rows} rows, which do not split in {size} equal parts.\n"
                 f"  Pass {name}_split_sizes, or a multiple of {size} rows."
             )
-        return [rows // size] * size
-    sizes = [int(count) for count in splits]
-    if len(sizes) != size or sum(sizes) != rows or min(sizes) < 0:
+        return np.full(size, rows // size, dtype=np.int64)
+    sizes = np.asarray(splits, dtype=np.int64)
+    if len(sizes) != size or sizes.sum() != rows or sizes.min() < 0:
         raise BufferError(
-            f"all_to_all_single: {name}_split_sizes {sizes} has {len(sizes)} entries with sum {sum(sizes)}; the {name} has "
-            f"{rows} rows and the group {size} ranks.\n  Pass {size} sizes, none negative, with sum {rows}."
+            f"all_to_all_single: {name}_split_sizes {list(splits)} has {len(sizes)} entries with sum {sizes.sum()}; the "
+            f"{name} has {rows} rows and the group {size} ranks.\n"
+            f"  Pass {size} sizes, none negative, with sum {rows}."
         )
     return sizes
 
@@ -435,10 +419,14 @@ def _as_list(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _poison(tensor: Tensor) -> None:
-    if tensor.is_floating_point() or tensor.is_complex():
-        tensor.fill_(float("nan"))
-    elif tensor.dtype == torch.bool:
-        tensor.logical_not_()
-    else:
-        tensor.fill_(torch.iinfo(tensor.dtype).min if torch.iinfo(tensor.dtype).min else torch.iinfo(tensor.dtype).max)
+def _poison(outputs: Sequence[Tensor]) -> None:
+    """Fill the outputs of an asynchronous call with what cannot be mistaken for data, until `wait()`."""
+    for output in outputs:
+        tensor = output.detach()
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype == torch.bool:
+            tensor.logical_not_()
+        else:
+            limits = torch.iinfo(tensor.dtype)
+            tensor.fill_(limits.min or limits.max)
