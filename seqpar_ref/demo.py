@@ -229,6 +229,7 @@ def report(
         f"{model.name}: {model.layers} layers, {plan.heads} query heads, {plan.kv_heads} kv heads; "
         f"{sum(row.right_next_token for row in rows):,} of {plan.tokens - 1:,} next tokens guessed right.",
         highlight=False,
+        soft_wrap=True,
     )
     path = _save_figure(options, model, plan, sent)
     console.print(f"what moved where: {path}", highlight=False, soft_wrap=True)
@@ -250,6 +251,7 @@ def report(
         f"All {plan.ranks} ranks agree with one device, and sent exactly the plan's "
         f"{int(planned.sum()):,} bytes.",
         highlight=False,
+        soft_wrap=True,
     )
     return path
 

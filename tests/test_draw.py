@@ -17,7 +17,7 @@ SENT = np.array([[0, 3, 500], [7, 0, 0], [11, 13, 0]])
 def tiles(panel):
     """(left, top, width, height, colour) of every tile."""
     patches = [patch for patch in panel.patches if isinstance(patch, Rectangle)]
-    return [(*patch.get_xy(), patch.get_width(), patch.get_height(), patch.get_facecolor()) for patch in patches]
+    return [(*p.get_xy(), p.get_width(), p.get_height(), p.get_facecolor()) for p in patches]
 
 
 def words(panel):

@@ -1,4 +1,4 @@
-"""A model of transformers over several ranks against the same on one device, and every refusal by its name."""
+"""A model of transformers over several ranks against the same on one device, and every refusal by name."""
 
 import copy
 import subprocess
@@ -189,7 +189,8 @@ REFUSED_CALLS = {
         {"position_ids": lambda: torch.arange(TOKENS[dist.get_rank()])[None] % 2},
         refusals.PositionIdsError, "restart or jump"),
     "restarted positions beside a mask": (
-        {"position_ids": lambda: torch.zeros(1, TOKENS[dist.get_rank()]).long(), "attention_mask": local_ones},
+        {"position_ids": lambda: torch.arange(TOKENS[dist.get_rank()])[None] % 2,
+         "attention_mask": local_ones},
         refusals.PositionIdsError, "restart or jump"),
 }  # fmt: skip
 
@@ -283,7 +284,7 @@ REFUSED_LAYERS = {
     "attention weights": ({"output_attentions": True}, refusals.UnknownArgumentError, "output_attentions"),
     "packed lengths": ({"cu_seq_lens_q": torch.zeros(2)}, refusals.UnknownArgumentError, "cu_seq_lens_q"),
     "no position ids": ({"position_ids": None}, refusals.PositionIdsError, "no position ids"),
-    "positions of another length": ({"position_ids": torch.zeros(1, 3)}, refusals.PositionIdsError, r"\(1, 3\)"),
+    "position ids of 3 tokens": ({"position_ids": torch.zeros(1, 3)}, refusals.PositionIdsError, r"\(1, 3\)"),
 }  # fmt: skip
 
 
