@@ -4,7 +4,7 @@ from .attention import DistributedAttention
 from .errors import SeqparError
 from .exchange import heads_to_sequence, qkv_to_heads, sequence_to_heads
 from .plan import Plan, make_plan
-from .rotary import apply_rotary
+from .rotary import apply_rotary, position_ids_of
 
 __all__ = [
     "DistributedAttention",
@@ -13,6 +13,7 @@ __all__ = [
     "apply_rotary",
     "heads_to_sequence",
     "make_plan",
+    "position_ids_of",
     "qkv_to_heads",
     "sequence_to_heads",
 ]

@@ -1,7 +1,7 @@
 """What the ranks tell each other when no plan was made beforehand.
 
-Each call, every rank sends one record of a fixed number of integers to every other: 8 bytes for each field. From the
-gathered records all ranks make the same plan, or raise the same error. Nothing is remembered by local shape: a rank
+In each call every rank sends one record of nine integers, 72 bytes, to every other rank. From the gathered
+records all ranks make the same plan, or raise the same error. Nothing is remembered by local shape: a rank
 whose own sizes did not change still learns that another's did.
 """
 
@@ -10,15 +10,16 @@ from functools import lru_cache
 
 import torch
 
+from .checks import DTYPES
 from .errors import RankMismatchError
 from .group import Group
 from .plan import Plan, make_plan
-from .shapes import DTYPES, LAYOUTS
+from .shapes import LAYOUTS
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one rank brings to a call. All integers; `dtype` and `layout` are positions in DTYPES and LAYOUTS."""
+    """What one rank brings to a call; `dtype` and `layout` are positions in DTYPES and LAYOUTS."""
 
     tokens: int
     query_heads: int
@@ -32,10 +33,10 @@ class Record:
 
 
 def agree(group: Group, record: Record, device: torch.device) -> Plan:
-    """Exchange the records and plan from them, with the policy "auto".
+    """Exchange the records and make a plan from them, with the policy "auto".
 
     Raises:
-        RankMismatchError: the ranks differ in anything but their tokens; the same error on every rank.
+        RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.
     """
     records = group.all_gather_integers(list(astuple(record)), device)
     for column, field in enumerate(fields(Record)):
@@ -44,7 +45,7 @@ def agree(group: Group, record: Record, device: torch.device) -> Plan:
             word = field.name.replace("_", " ")
             raise RankMismatchError(
                 f"the ranks differ in {word}: {_by_value(field.name, by_rank)}.",
-                f"Call on every rank of the group with the same {word}; only the tokens may differ.",
+                f"Call with the same {word} on every rank of the group; only the tokens may differ.",
             )
     tokens = tuple(row[0] for row in records)
     return _plan(group.size, record.query_heads, record.kv_heads, tokens)
@@ -59,9 +60,10 @@ def _by_value(name: str, by_rank: list[int]) -> str:
     """For example: 8 on ranks 0, 1, 3; 4 on rank 2."""
     words = []
     for value in dict.fromkeys(by_rank):
-        ranks = [rank for rank, other in enumerate(by_rank) if other == value]
-        listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        words.append(f"{_readable(name, value)} on rank{'s' if len(ranks) > 1 else ''} {listed}")
+        ranks = [str(rank) for rank, other in enumerate(by_rank) if other == value]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        plural = "s" if len(ranks) > 1 else ""
+        words.append(f"{_readable(name, value)} on rank{plural} {', '.join(ranks[:8])}{more}")
     return "; ".join(words)
 
 
@@ -70,4 +72,6 @@ def _readable(name: str, value: int) -> str:
         return str(DTYPES[value]).removeprefix("torch.")
     if name == "layout":
         return repr(list(LAYOUTS)[value])
-    return ("no", "yes")[value] if name == "requires_grad" else str(value)
+    if name == "requires_grad":
+        return "needed" if value else "not needed"
+    return str(value)

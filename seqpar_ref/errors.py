@@ -21,7 +21,7 @@ class SeqparError(Exception):
 
 
 class PlanError(SeqparError, ValueError):
-    """A plan that cannot exist: sizes that are no integers, heads that do not divide, a rank that is not there."""
+    """A plan that cannot exist: sizes that are no integers, heads that do not divide, an unknown rank."""
 
 
 class LayoutError(SeqparError, ValueError):

@@ -2,24 +2,43 @@ r"""From a shard of the sequence to a shard of the heads, and back.
 
 $$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
 
-Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other direction:
-its cuts change places. So there is one autograd node, whose backward applies itself.
+Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other
+one: its cuts change places. So there is one autograd node, whose backward applies itself.
+
+Every rank communicates, forward and backward, whatever it owns: an empty shard takes part like any other.
 """
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .checks import check_tensor, no_type_check
 from .errors import ArgumentError, ShapeError, TensorError
 from .group import Group, GroupLike, check_size, group_of
 from .plan import Heads, Plan
-from .shapes import Layout, check_tensor, layout_of, no_type_check
+from .shapes import Layout, layout_of
 from .wire import Cut, Part
 
+Eager = TypeVar("Eager", bound=Callable[..., Any])
 
+
+def outside_graphs(function: Eager) -> Eager:
+    """Under torch.compile, leave the graph for this call: a collective among ranks stays plain Python."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@outside_graphs
 @no_type_check
 def sequence_to_heads(
     shard: Float[Tensor, "_ _ _ dim"],
@@ -27,7 +46,7 @@ def sequence_to_heads(
     group: GroupLike = None,
     *,
     layout: str = "b s h d",
-    heads: str = "query",
+    heads: Literal["query", "kv"] = "query",
 ) -> Float[Tensor, "_ _ _ dim"]:
     r"""Give up most heads, receive the whole sequence.
 
@@ -44,22 +63,22 @@ def sequence_to_heads(
         heads: "query", or "kv" for key and value heads, each of which goes to every rank that uses it.
 
     Returns:
-        This rank's heads of all tokens in global order, `[batch, seq, heads_local, dim]` in the order of `layout`.
-        The gradient of a head that went to several ranks is the sum of theirs, in rank order, half types in float32.
+        This rank's heads of all tokens in global order, `[batch, seq, heads_local, dim]` in the order of
+        `layout`. The gradient of a head that went to several ranks is the sum of theirs, in rank order, half
+        types in float32.
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
-    member, order, kind = _check(plan, group, layout, heads)
+    kind, member, order = _check(plan, group, layout, heads)
     check_tensor("shard", shard, order)
-    all_heads = plan.heads if kind == "query" else plan.kv_heads
-    _check_sizes("shard", shard, order, len(plan.tokens_of(member.rank)), all_heads, member.rank)
-    sequence, by_heads = _cuts(
-        plan, member.rank, order, _batch(shard, order), (kind,), shard.shape[3:], shard.device
-    )
-    return _Exchange.apply(member, sequence, by_heads, shard)[0]
+    total = plan.heads if kind == "query" else plan.kv_heads
+    _check_sizes("shard", shard, order, member.rank, len(plan.tokens_of(member.rank)), total)
+    by_heads, by_tokens = _cuts_for(plan, member.rank, order, (kind,), shard)
+    return _Exchange.apply(member, by_heads, by_tokens, shard)[0]
 
 
+@outside_graphs
 @no_type_check
 def heads_to_sequence(
     shard: Float[Tensor, "_ _ _ dim"],
@@ -67,14 +86,14 @@ def heads_to_sequence(
     group: GroupLike = None,
     *,
     layout: str = "b s h d",
-    heads: str = "query",
+    heads: Literal["query", "kv"] = "query",
 ) -> Float[Tensor, "_ _ _ dim"]:
     r"""Give up most of the sequence, receive all heads: the inverse of `sequence_to_heads`.
 
     $$A[B, S, H_P, D] \to A[B, S_P, H, D]$$
 
-    Rank i sends `B * D * plan.vectors(heads)[j, i]` elements to rank j. Of a kv head that several ranks hold, the
-    lowest rank sends its copy and the others send nothing ("kv once" in `Plan.vectors`).
+    Rank i sends `B * D * plan.vectors(heads)[j, i]` elements to rank j. Of a kv head that several ranks hold,
+    the lowest rank sends its copy and the others send nothing ("kv once" in `Plan.vectors`).
 
     Args:
         shard: this rank's heads of all tokens, `[batch, seq, heads_local, dim]` in the order of `layout`.
@@ -86,17 +105,17 @@ def heads_to_sequence(
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
-    member, order, kind = _check(plan, group, layout, heads)
+    kind, member, order = _check(plan, group, layout, heads)
     check_tensor("shard", shard, order)
-    own_heads = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
-    _check_sizes("shard", shard, order, plan.tokens, len(own_heads), member.rank)
-    kinds: tuple[Heads, ...] = ("query",) if kind == "query" else ("kv once",)
-    sequence, by_heads = _cuts(
-        plan, member.rank, order, _batch(shard, order), kinds, shard.shape[3:], shard.device
+    held = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
+    _check_sizes("shard", shard, order, member.rank, plan.tokens, len(held))
+    by_heads, by_tokens = _cuts_for(
+        plan, member.rank, order, ("query" if kind == "query" else "kv once",), shard
     )
-    return _Exchange.apply(member, by_heads, sequence, shard)[0]
+    return _Exchange.apply(member, by_tokens, by_heads, shard)[0]
 
 
+@outside_graphs
 @no_type_check
 def qkv_to_heads(
     query: Float[Tensor, "_ _ _ dim"],
@@ -109,21 +128,20 @@ def qkv_to_heads(
 ) -> tuple[Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ value_dim"]]:
     """`sequence_to_heads` of query, key and value in one collective, and of their gradients in one.
 
-    The chunk for a rank holds its query heads, then its key heads, then its value heads. Values and gradients equal
-    those of three calls to the bit. The value's head dim may differ.
+    The chunk for a rank holds its query heads, then its key heads, then its value heads. Values and gradients
+    equal those of three calls to the bit. All three gradients travel, even where only one is needed, so that
+    ranks need not agree on which. The value's head dim may differ.
 
     Raises:
-        GroupError, LayoutError, TensorError, ShapeError: before any communication.
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
-    member, order, _ = _check(plan, group, layout, "query")
+    _, member, order = _check(plan, group, layout, "query")
     check_qkv(query, key, value, order)
     tokens = len(plan.tokens_of(member.rank))
-    _check_sizes("query", query, order, tokens, plan.heads, member.rank)
-    _check_sizes("key", key, order, tokens, plan.kv_heads, member.rank)
-    dims = (query.shape[3], key.shape[3], value.shape[3])
-    kinds: tuple[Heads, ...] = ("query", "kv", "kv")
-    sequence, by_heads = _cuts(plan, member.rank, order, _batch(query, order), kinds, dims, query.device)
-    return _Exchange.apply(member, sequence, by_heads, query, key, value)
+    _check_sizes("query", query, order, member.rank, tokens, plan.heads)
+    _check_sizes("key", key, order, member.rank, tokens, plan.kv_heads)
+    by_heads, by_tokens = _cuts_for(plan, member.rank, order, ("query", "kv", "kv"), query, key, value)
+    return _Exchange.apply(member, by_heads, by_tokens, query, key, value)
 
 
 @no_type_check
@@ -140,18 +158,14 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None
                 f"query is {query.dtype} on {query.device}, {name} is {tensor.dtype} on {tensor.device}.",
                 f"Convert {name} to the dtype and device of query.",
             )
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    for dim, word in ((layout.batch, "batch"), (layout.sequence, "tokens")):
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
+    for word, dim in (("batch", layout.batch), ("tokens", layout.sequence)):
         if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
-            raise ShapeError(
-                f"{word} differ in {shapes}.", f"Give query, key and value the same {word} ({layout.name})."
-            )
+            raise ShapeError(f"{word} differ: {shapes}.", f"Give query, key and value the same {word}.")
     if key.shape[layout.heads] != value.shape[layout.heads]:
-        raise ShapeError(
-            f"kv heads differ in {shapes}.", f"Give key and value the same heads ({layout.name})."
-        )
+        raise ShapeError(f"kv heads differ: {shapes}.", "Give key and value the same heads.")
     if query.shape[3] != key.shape[3]:
-        raise ShapeError(f"the head dim differs in {shapes}.", "Give query and key the same head dim.")
+        raise ShapeError(f"head dims differ: {shapes}.", "Give query and key the same head dim.")
 
 
 class _Exchange(torch.autograd.Function):
@@ -162,17 +176,25 @@ class _Exchange(torch.autograd.Function):
         ctx.reverse = (group, incoming, outgoing)
         ctx.save_for_backward(tensors[0].new_empty(0))
         sent = outgoing.pack(tensors)
-        received = incoming.buffer(tensors[0].dtype)
-        flat = received.view(-1)[: incoming.size]
-        group.all_to_all_single(flat, sent, incoming.splits, outgoing.splits)
+        received = incoming.new_buffer(tensors[0].dtype)
+        chunks = received.view(-1)[: incoming.size]
+        group.all_to_all_single(chunks, sent, incoming.splits, outgoing.splits)
         return incoming.unpack(received)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves one and
-        # asks for it before it communicates, so all ranks recompute at the same collective, those without heads too.
+        # A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves
+        # one and asks for it before it communicates, so all ranks recompute at the same collective, without
+        # heads or with.
         _ = ctx.saved_tensors
         return (None, None, None, *_Exchange.apply(*ctx.reverse, *gradients))
+
+
+def _cuts_for(
+    plan: Plan, rank: int, layout: Layout, heads: tuple[Heads, ...], *tensors: Tensor
+) -> tuple[Cut, Cut]:
+    dims = tuple(tensor.shape[3] for tensor in tensors)
+    return _cuts(plan, rank, layout, tensors[0].shape[layout.batch], heads, dims, tensors[0].device)
 
 
 @lru_cache(maxsize=64)
@@ -185,32 +207,28 @@ def _cuts(
     dims: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Cut, Cut]:
-    """The cut by heads of the rank's tokens and the cut by tokens of the rank's heads. A pure function of integers."""
-    own_tokens = len(plan.tokens_of(rank))
-    cut_by_heads, cut_by_tokens = [], []
+    """The cut by heads of the rank's tokens, and the cut by tokens of the rank's heads.
+
+    A pure function of its arguments, kept because the positions of ragged chunks take a while to work out.
+    """
+    by_heads, by_tokens = [], []
     for kind, dim in zip(heads, dims, strict=True):
-        everyone = plan.heads if kind == "query" else plan.kv_heads
-        runs = plan.head_runs(kind)
-        cut_by_heads.append(Part(layout.shape(batch, own_tokens, everyone, dim), runs))
+        total = plan.heads if kind == "query" else plan.kv_heads
         held = plan.query_heads(rank) if kind == "query" else plan.kv_heads_of(rank)
+        first, end = (int(run[rank]) for run in plan.head_runs[kind])
         window = None
-        if kind == "kv once" and plan.kv_heads_returned_by(rank) != held:
-            start, stop = (int(run[rank]) - held.start for run in runs)
-            window = (layout.heads, start, stop)
-        cut_by_tokens.append(Part(layout.shape(batch, plan.tokens, len(held), dim), plan.token_runs, window))
-    return (
-        Cut(layout.heads, tuple(cut_by_heads), device),
-        Cut(layout.sequence, tuple(cut_by_tokens), device),
-    )
-
-
-def _batch(tensor: Tensor, layout: Layout) -> int:
-    return tensor.shape[layout.batch]
+        if range(first, end) != held:
+            window = (layout.heads, first - held.start, end - held.start)
+        own_tokens = layout.shape(batch, len(plan.tokens_of(rank)), total, dim)
+        own_heads = layout.shape(batch, plan.tokens, len(held), dim)
+        by_heads.append(Part(own_tokens, plan.head_runs[kind]))
+        by_tokens.append(Part(own_heads, plan.token_runs, window))
+    return Cut(layout.heads, tuple(by_heads), device), Cut(layout.sequence, tuple(by_tokens), device)
 
 
 @no_type_check
-def _check(plan: Plan, group: GroupLike, layout: str, heads: str) -> tuple[Group, Layout, str]:
-    """What every exchange checks first. Nothing has been sent yet."""
+def _check(plan: Plan, group: GroupLike, layout: str, heads: Heads) -> tuple[Heads, Group, Layout]:
+    """What every exchange checks first."""
     if not isinstance(plan, Plan):
         raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
     if not isinstance(heads, str) or heads not in ("query", "kv"):
@@ -218,14 +236,14 @@ def _check(plan: Plan, group: GroupLike, layout: str, heads: str) -> tuple[Group
     order = layout_of(layout)
     member = group_of(group)
     check_size(member, plan.ranks)
-    return member, order, heads
+    return heads, member, order
 
 
-def _check_sizes(name: str, tensor: Tensor, layout: Layout, tokens: int, heads: int, rank: int) -> None:
+def _check_sizes(name: str, tensor: Tensor, layout: Layout, rank: int, tokens: int, heads: int) -> None:
     found = (tensor.shape[layout.sequence], tensor.shape[layout.heads])
     if found != (tokens, heads):
         raise ShapeError(
-            f"{name} has {found[0]} tokens and {found[1]} heads, {tuple(tensor.shape)} read as {layout.name!r}; "
-            f"the plan gives rank {rank} {tokens} tokens and {heads} heads here.",
-            "Pass a tensor of those sizes, the layout it has, or a plan made for it.",
+            f"{name} is {tuple(tensor.shape)}, in {layout.name!r} {found[0]} tokens and {found[1]} heads; "
+            f"the plan says {tokens} tokens and {heads} heads on rank {rank}.",
+            "Pass a tensor of those sizes, the layout that it has, or a plan made for it.",
         )

@@ -1,7 +1,8 @@
 """The few things an algorithm asks of a group of ranks, and how a torch process group answers them.
 
-An algorithm sees a `Group`: its rank, its size and two collectives. Nothing in this package asks which backend is
-behind it. Ranks are counted inside the group: in a sub-group of the world they are not the global ranks.
+An algorithm sees a `Group`: its rank, its size and two collectives. Nothing in this package asks which
+backend is behind it. Ranks are counted inside the group: in a sub-group of the world they are not the global
+ranks.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .checks import no_type_check
 from .errors import GroupError
-from .shapes import no_type_check
 
 
 class Group(Protocol):
@@ -30,7 +31,7 @@ class Group(Protocol):
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]
     ) -> None:
-        """Send `input_splits[r]` elements to each rank r and receive `output_splits[r]` from it, in rank order."""
+        """Send `input_splits[r]` elements to rank r and receive `output_splits[r]` from it, in rank order."""
 
     def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
         """Every rank's record, by rank. All records have one length."""
@@ -54,7 +55,7 @@ class TorchGroup:
         """See `Group`. Sends 8 bytes for each integer to each other rank."""
         mine = torch.tensor(record, dtype=torch.int64, device=device)
         everyone = torch.empty(self.size * len(record), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(everyone, mine, group=self.process_group)
+        dist.all_gather_single(everyone, mine, group=self.process_group)
         return everyone.view(self.size, len(record)).tolist()
 
 
@@ -66,7 +67,8 @@ def group_of(group: GroupLike) -> TorchGroup:
     """The group that a caller means: a process group, a device mesh of one axis, or None for the whole world.
 
     Raises:
-        GroupError: torch.distributed is not initialised, this rank is no member, or the mesh has several axes.
+        GroupError: torch.distributed is not initialised, this rank is no member, or the mesh has several
+            axes.
     """
     if isinstance(group, TorchGroup):
         return group
@@ -86,7 +88,12 @@ def group_of(group: GroupLike) -> TorchGroup:
             f"group is a {type(group).__name__}.",
             "Pass a torch.distributed.ProcessGroup, a DeviceMesh of one axis, or None for all ranks.",
         )
-    rank = dist.get_rank(group)
+    try:
+        rank = dist.get_rank(group)
+    except (ValueError, RuntimeError) as error:
+        raise GroupError(
+            f"the process group is not in use: {error}.", "Pass one that was not destroyed."
+        ) from error
     if rank < 0:
         raise _not_a_member()
     return TorchGroup(group, rank, dist.get_world_size(group))

@@ -1,10 +1,12 @@
-"""What runs on each rank between the two exchanges: all tokens, the rank's own heads.
+"""What runs on each rank between the two exchanges: attention over all tokens, for the rank's own heads.
 
-Any callable will do that takes query, key and value in the module's layout and returns the result in the same layout.
-Two are here: PyTorch's fused kernel, and the same in plain math, to read and to differentiate twice.
+Any callable will do that takes query, key and value in the module's layout and returns its result in the same
+layout. Two are here: PyTorch's fused kernel, and the same in plain math, to read and to differentiate twice.
 """
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,12 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .shapes import no_type_check
+from .checks import no_type_check
+from .errors import ArgumentError, MaskError
+from .plan import Plan
+from .shapes import Layout
 
 
-@no_type_check
 def fused_attention(
     query: Float[Tensor, "_ _ _ dim"],
     key: Float[Tensor, "_ _ _ dim"],
@@ -25,19 +29,17 @@ def fused_attention(
     is_causal: bool = False,
     *,
     scale: float | None = None,
-    enable_gqa: bool = True,
     layout: str = "b s h d",
 ) -> Float[Tensor, "_ _ _ value_dim"]:
-    """`torch.nn.functional.scaled_dot_product_attention` in any layout, with kv heads that divide the query heads."""
+    """`torch.nn.functional.scaled_dot_product_attention` in any layout; kv heads divide the query heads."""
     query, key, value = (rearrange(tensor, f"{layout} -> b h s d") for tensor in (query, key, value))
-    gqa = enable_gqa and query.shape[1] != key.shape[1]
+    gqa = query.shape[1] != key.shape[1]
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa
     )
     return rearrange(result, f"b h s d -> {layout}")
 
 
-@no_type_check
 def plain_attention(
     query: Float[Tensor, "_ _ _ dim"],
     key: Float[Tensor, "_ _ _ dim"],
@@ -53,33 +55,93 @@ def plain_attention(
     $$O_{hi} = \sum_j \operatorname{softmax}_j\left(c \, Q_{hi} \cdot K_{h'j} + M_{hij}\right) V_{h'j}, \quad
     h' = \lfloor h H_{kv} / H_q \rfloor$$
 
-    `scale` is c, 1/sqrt(dim) unless given. `attn_mask` is added, or, if boolean, says which keys may be seen; it
-    broadcasts to [batch, heads, seq, seq]. A token that may see no key gets zeros. Half types are computed in float32.
+    `scale` is c, 1/sqrt(dim) unless given. `attn_mask` is M, or, if boolean, says which keys may be seen; it
+    broadcasts to [batch, heads, seq, seq]. A token that may see no key gets zeros. Half types are computed in
+    float32.
     """
     dtype = query.dtype
     query, key, value = (rearrange(tensor, f"{layout} -> b h s d") for tensor in (query, key, value))
-    heads = query.shape[1]
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    grouped = rearrange(query * scale, "b (kv ratio) s d -> b kv ratio s d", kv=key.shape[1])
-    scores = einsum(grouped, key, "b kv ratio s d, b kv t d -> b kv ratio s t")
+    kv_heads = key.shape[1]
+    by_group = rearrange(query * scale, "b (kv ratio) s d -> b kv ratio s d", kv=kv_heads)
+    scores = einsum(by_group, key, "b kv ratio s d, b kv t d -> b kv ratio s t")
     scores = rearrange(scores, "b kv ratio s t -> b (kv ratio) s t")
     if is_causal:
-        tokens = scores.shape[-1]
-        scores = scores.masked_fill(
-            ~torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).tril(), -math.inf
-        )
-    if attn_mask is not None:
-        scores = (
-            scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        )
-    weights = rearrange(_softmax(scores), "b (kv ratio) s t -> b kv ratio s t", kv=key.shape[1])
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = rearrange(_softmax(scores), "b (kv ratio) s t -> b kv ratio s t", kv=kv_heads)
     result = einsum(weights, value, "b kv ratio s t, b kv t d -> b kv ratio s d")
-    return rearrange(result.to(dtype), f"b kv ratio s d -> {layout.replace('h', '(kv ratio)')}")
+    result = rearrange(result, "b kv ratio s d -> b (kv ratio) s d")
+    return rearrange(result.to(dtype), f"b h s d -> {layout}")
 
 
 def _softmax(scores: Float[Tensor, "batch heads seq keys"]) -> Float[Tensor, "batch heads seq keys"]:
-    """Softmax over the keys, zero where there is no key to see (and no NaN in the gradient)."""
+    """Softmax over the keys; zeros, with zero gradients, where there is no key to see."""
     blind: Bool[Tensor, "batch heads seq 1"] = (scores == -math.inf).all(dim=-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+
+
+@no_type_check
+def fused_options(
+    query: Float[Tensor, "_ _ _ dim"],
+    layout: Layout,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+) -> dict[str, Any]:
+    """The keyword arguments of scaled_dot_product_attention, checked, for `fused_attention`.
+
+    `enable_gqa` is accepted and has no effect: query heads share kv heads where there are fewer of these.
+
+    Raises:
+        ArgumentError, MaskError: what a rank can see before the number of all tokens is known.
+    """
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real) or not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p is {dropout_p!r}.", "Use a probability, 0 to 1.")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
+        raise ArgumentError(f"scale is {scale!r}.", "Use a number, or None for 1/sqrt(head dim).")
+    if attn_mask is None:
+        return {"dropout_p": dropout_p, "is_causal": bool(is_causal), "scale": scale}
+    if is_causal:
+        raise ArgumentError("both attn_mask and is_causal are given.", "Put the causal rule into the mask.")
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (torch.bool, query.dtype):
+        found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise MaskError(f"attn_mask is {found}.", f"Pass a tensor of torch.bool or {query.dtype}.")
+    batch, heads = query.shape[layout.batch], query.shape[layout.heads]
+    leading = attn_mask.shape[:-2]
+    if not 2 <= attn_mask.ndim <= 4 or attn_mask.device != query.device:
+        raise MaskError(
+            f"attn_mask is {tuple(attn_mask.shape)} on {attn_mask.device}; query is on {query.device}.",
+            "Give it two to four dims, [batch, heads, seq, seq], on the device of query.",
+        )
+    if leading[-1:] not in ((), (1,), (heads,)) or leading[:-1] not in ((), (1,), (batch,)):
+        raise MaskError(
+            f"attn_mask is {tuple(attn_mask.shape)}; there are {heads} query heads and batch {batch}.",
+            f"Give it for all {heads} query heads or for 1: [{batch} or 1, {heads} or 1, seq, seq].",
+        )
+    return {"attn_mask": attn_mask, "dropout_p": dropout_p, "scale": scale}
+
+
+def own_heads_of_mask(mask: Tensor, plan: Plan, rank: int) -> Tensor:
+    """The mask for a rank's query heads, from one for all of them; one without a head dim as it is.
+
+    Raises:
+        MaskError: it does not cover all tokens.
+    """
+    if any(size not in (1, plan.tokens) for size in mask.shape[-2:]):
+        raise MaskError(
+            f"attn_mask is {tuple(mask.shape)}; the sequence has {plan.tokens} tokens on all ranks together.",
+            f"Give it for all tokens in global order, [..., {plan.tokens}, {plan.tokens}].",
+        )
+    if mask.ndim == 2 or mask.shape[-3] == 1:
+        return mask
+    own = plan.query_heads(rank)
+    return mask.narrow(-3, own.start, len(own))

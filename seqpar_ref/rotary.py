@@ -1,27 +1,31 @@
 r"""Rotary position embedding by global position.
 
-A rotated vector depends on its own position only, so each rank can rotate its own tokens before the exchange: it needs
-their global positions and no more. Pair i of a vector at position p turns by the angle
+A rotated vector depends on its own position only, so each rank can rotate its own tokens before the exchange:
+it needs their global positions and no more. Pair i of a vector at position p turns by the angle
 
 $$\phi_{p,i} = p \, \theta^{-2i/r}, \quad i = 0 \dots r/2 - 1, \quad r = \text{rotary dim}$$
 
-Two conventions say which two elements are a pair (Su et al., 2021, arXiv:2104.09864):
+(Su et al., 2021, arXiv:2104.09864). Two conventions say which two elements are a pair:
 
 | convention | pair i | used by |
 |---|---|---|
-| half-split | elements i and i + r/2 | GPT-NeoX, Llama in transformers |
-| interleaved | elements 2i and 2i + 1 | the paper, GPT-J |
+| half-split | elements i and i + r/2 | GPT-NeoX; Llama in transformers |
+| interleaved | elements 2i and 2i + 1 | the paper; GPT-J |
 
-Elements from r on are left alone.
+Elements from r on are left as they are.
 """
+
+import math
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .errors import PlanError, RotaryError
+from .checks import check_tensor, is_integer, no_type_check
+from .errors import ArgumentError, RotaryError
 from .plan import Plan
-from .shapes import Layout, check_tensor, layout_of, no_type_check
+from .shapes import Layout, layout_of
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -38,154 +42,144 @@ def apply_rotary(
     cos: Float[Tensor, "*batch positions angles"] | None = None,
     sin: Float[Tensor, "*batch positions angles"] | None = None,
 ) -> Float[Tensor, "_ _ _ dim"]:
-    r"""Turn each pair of elements by its angle: $(a, b) \to (a \cos\phi - b \sin\phi,\ b \cos\phi + a \sin\phi)$.
+    r"""Turn each pair by its angle: $(a, b) \to (a \cos\phi - b \sin\phi,\ b \cos\phi + a \sin\phi)$.
 
-    On a shard of the sequence give the global positions of its tokens (`position_ids_of(plan, rank)`, or any others);
-    on all tokens, after the exchange, those of all tokens. The results are equal to rounding.
+    On a shard of the sequence give the global positions of its tokens: `position_ids_of(plan, rank)`, or any
+    others. On all tokens, after the exchange, give those of all tokens. The two ways are equal to rounding.
 
-    Angles are computed in float64. The rotation is computed in float32, float64 for a float64 tensor, and the result
+    Angles are computed in float64, the rotation in float32 (in float64 for a float64 `x`), and the result is
     rounded once to the dtype of `x`.
 
     Args:
         x: query or key, `[batch, seq, heads, dim]` in the order of `layout`.
-        position_ids: integers, [seq], [batch, seq] or [1, seq]. None where `cos` and `sin` have a row for each token.
+        position_ids: any integers, [seq], [batch, seq] or [1, seq]; None where `cos` and `sin` say it all.
         theta: base of the angles.
-        rotary_dim: how many elements turn, an even number; all of `dim` unless given.
+        rotary_dim: r, how many elements turn, an even number; all of `dim` unless given.
         interleaved: which convention, see above.
         layout: "b s h d", "s b h d" or "b h s d".
-        cos, sin: precomputed, both or neither. With `position_ids` tables [positions, angles] whose row p belongs to
-            position p; without, a row for each token, [seq, angles] or [batch, seq, angles]. `angles` is
-            rotary_dim / 2, one for each pair, or rotary_dim, one for each element.
+        cos, sin: of the angles, both or neither. With `position_ids` they are tables [positions, angles]
+            whose row p belongs to position p. Without, they have one row for each token of `x`, in its order:
+            [seq, angles] or [batch, seq, angles]. They have r/2 columns, one for each pair, or r, one for
+            each element.
 
     Raises:
-        TensorError, LayoutError, ShapeError, RotaryError: sizes, dtypes and values that do not fit, with the numbers.
+        TensorError, LayoutError, ShapeError, RotaryError: what does not fit, with the numbers.
     """
     order = layout_of(layout)
     check_tensor("x", x, order)
-    rotary_dim = _check_rotary_dim(x.shape[3] if rotary_dim is None else rotary_dim, x.shape[3])
+    rotary_dim = _rotary_dim(rotary_dim, x.shape[3])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if (cos is None) != (sin is None):
-        raise RotaryError("only one of cos and sin is given.", "Give both, or neither.")
     if position_ids is not None:
         _check_position_ids(position_ids, x, order)
         position_ids = position_ids.to(x.device, torch.int64)
     if cos is not None and sin is not None:
-        cos, sin = (
+        tables = [
             _rows(name, table, position_ids, x, order, rotary_dim)
             for name, table in (("cos", cos), ("sin", sin))
-        )
+        ]
+    elif cos is not None or sin is not None:
+        raise RotaryError("only one of cos and sin is given.", "Give both, or neither.")
     elif position_ids is not None:
-        cos, sin = _angles(position_ids, theta, rotary_dim)
+        tables = _angles(position_ids, theta, rotary_dim)
     else:
         raise RotaryError(
-            "there are neither position_ids nor cos and sin.", "Give the global positions of the tokens."
+            "neither position_ids nor cos and sin are given.", "Give the tokens' global positions."
         )
-    cos, sin = (
-        _like(_by_element(table.to(x.device, dtype), rotary_dim, interleaved), order) for table in (cos, sin)
-    )
-    turned = x[..., :rotary_dim].to(dtype)
-    turned = turned * cos + _quarter_turn(turned, interleaved) * sin
+    cos, sin = (_spread(table.to(x.device, dtype), rotary_dim, interleaved, order) for table in tables)
+    turning = x[..., :rotary_dim].to(dtype)
+    turned = turning * cos + _quarter_turn(turning, interleaved) * sin
     return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
 
 
 @no_type_check
-def position_ids_of(plan: Plan, rank: int, device: torch.device | None = None) -> Int[Tensor, "seq_local"]:
+def position_ids_of(plan: Plan, rank: int, device: torch.device | None = None) -> Int[Tensor, " seq_local"]:
     """The global positions of a rank's tokens, for `apply_rotary` and for models that take position ids.
 
     Raises:
-        PlanError: no plan, or no such rank in it.
+        ArgumentError: not a plan.
+        PlanError: no such rank in it.
     """
     if not isinstance(plan, Plan):
-        raise PlanError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
+        raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
     tokens = plan.tokens_of(rank)
     return torch.arange(tokens.start, tokens.stop, device=device)
 
 
-def _angles(position_ids: Tensor, theta: float, rotary_dim: int) -> tuple[Tensor, Tensor]:
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+@no_type_check
+def _angles(position_ids: Int[Tensor, "*batch seq"], theta: float, rotary_dim: int) -> list[Tensor]:
+    """Cosine and sine of every pair's angle at every position, [*batch, seq, rotary_dim / 2]."""
+    if isinstance(theta, bool) or not isinstance(theta, Real) or not 0 < theta < math.inf:
         raise RotaryError(f"theta is {theta!r}.", "Use a positive number, such as 10000.0.")
-    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=position_ids.device)
-    angles = position_ids[..., None] * float(theta) ** (-pairs / rotary_dim)
-    return angles.cos(), angles.sin()
+    twice_pair = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=position_ids.device)
+    angles = position_ids[..., None] * float(theta) ** (-twice_pair / rotary_dim)
+    return [angles.cos(), angles.sin()]
 
 
-def _quarter_turn(
-    x: Float[Tensor, "*dims rotary_dim"], interleaved: bool
-) -> Float[Tensor, "*dims rotary_dim"]:
+def _quarter_turn(x: Float[Tensor, "_ _ _ dim"], interleaved: bool) -> Float[Tensor, "_ _ _ dim"]:
     """Each pair (a, b) as (-b, a)."""
-    pair_dim, shape = (-1, (-1, 2)) if interleaved else (-2, (2, -1))
-    first, second = x.unflatten(-1, shape).unbind(pair_dim)
-    return torch.stack([-second, first], dim=pair_dim).flatten(-2)
+    half = x.shape[3] // 2
+    pairs, dim = (x.unflatten(3, (half, 2)), 4) if interleaved else (x.unflatten(3, (2, half)), 3)
+    a, b = pairs.unbind(dim)
+    return torch.stack([-b, a], dim=dim).flatten(3)
 
 
-def _by_element(table: Float[Tensor, "*rows angles"], rotary_dim: int, interleaved: bool) -> Tensor:
-    """One column for each element, from one for each pair."""
-    if table.shape[-1] == rotary_dim:
-        return table
-    return table.repeat_interleave(2, dim=-1) if interleaved else torch.cat([table, table], dim=-1)
-
-
-def _like(table: Float[Tensor, "*batch seq rotary_dim"], layout: Layout) -> Float[Tensor, "_ _ _ rotary_dim"]:
-    """Batch and sequence where the layout has them, heads of size 1."""
+def _spread(
+    table: Float[Tensor, "*batch seq angles"], rotary_dim: int, interleaved: bool, layout: Layout
+) -> Float[Tensor, "_ _ _ dim"]:
+    """One column for each element, and batch, sequence and heads (of size 1) where the layout has them."""
+    if table.shape[-1] != rotary_dim:
+        table = table.repeat_interleave(2, dim=-1) if interleaved else torch.cat([table, table], dim=-1)
     if table.ndim == 2:
-        table = table[None]
-    return table[:, :, None].permute(*(layout_dims(layout)), 3)
+        table = table.unsqueeze(0)
+    return table.unsqueeze(2).movedim((0, 1, 2), (layout.batch, layout.sequence, layout.heads))
 
 
-def layout_dims(layout: Layout) -> tuple[int, ...]:
-    """For each dim of the layout, the dim of "b s h d" that stands there."""
-    words = {layout.batch: 0, layout.sequence: 1, layout.heads: 2}
-    return tuple(words[position] for position in range(3))
-
-
+@no_type_check
 def _rows(
     name: str, table: Tensor, position_ids: Tensor | None, x: Tensor, layout: Layout, rotary_dim: int
 ) -> Tensor:
-    """The rows of cos or sin that belong to the tokens: [seq, angles] or [batch, seq, angles]."""
+    """The rows of cos or sin that belong to the tokens of x: [*batch, seq, angles]."""
     if not isinstance(table, Tensor) or not table.is_floating_point():
         raise RotaryError(f"{name} is {_describe(table)}.", "Pass a floating-point tensor.")
-    batch, tokens = x.shape[layout.batch], x.shape[layout.sequence]
-    widths = (rotary_dim // 2, rotary_dim)
-    if table.ndim < 2 or table.shape[-1] not in widths:
+    if table.ndim < 2 or table.shape[-1] not in (rotary_dim // 2, rotary_dim):
         raise RotaryError(
-            f"{name} is {tuple(table.shape)}, the rotary dim is {rotary_dim}.",
-            f"Give it {widths[0]} columns, one for each pair, or {widths[1]}; or say rotary_dim.",
+            f"{name} is {tuple(table.shape)}, the rotary dim {rotary_dim}.",
+            f"Give it {rotary_dim // 2} columns, one for each pair, or {rotary_dim}; or say rotary_dim.",
         )
     if position_ids is None:
+        batch, tokens = x.shape[layout.batch], x.shape[layout.sequence]
         if table.shape[:-1] not in ((tokens,), (batch, tokens), (1, tokens)):
             raise RotaryError(
                 f"{name} is {tuple(table.shape)} for {tokens} tokens and batch {batch} ({layout.name}).",
-                f"Give one row for each token, [{tokens}, {table.shape[-1]}], or the position_ids that pick rows.",
+                f"Give a row for each token, [{tokens}, {table.shape[-1]}], or position_ids that pick rows.",
             )
         return table
     if table.ndim != 2:
         raise RotaryError(
-            f"{name} is {tuple(table.shape)}, and position_ids are given.",
+            f"{name} is {tuple(table.shape)}, and there are position_ids.",
             "Give a table [positions, angles], or position_ids=None where each token has its row already.",
         )
-    if position_ids.numel() and not 0 <= int(position_ids.min()) <= int(position_ids.max()) < len(table):
+    lowest, highest = (int(position_ids.min()), int(position_ids.max())) if position_ids.numel() else (0, -1)
+    if lowest < 0 or highest >= len(table):
         raise RotaryError(
-            f"positions {int(position_ids.min())} to {int(position_ids.max())} are not all among the {len(table)} "
-            f"rows of {name}.",
+            f"{name} has rows 0 to {len(table) - 1}, the positions are {lowest} to {highest}.",
             "Give a longer table, or position_ids=None where each token has its row already.",
         )
     return table.to(position_ids.device)[position_ids]
 
 
-def _check_rotary_dim(rotary_dim: int, dim: int) -> int:
-    if (
-        isinstance(rotary_dim, bool)
-        or not isinstance(rotary_dim, int)
-        or rotary_dim % 2
-        or not 0 <= rotary_dim <= dim
-    ):
+@no_type_check
+def _rotary_dim(rotary_dim: int | None, dim: int) -> int:
+    chosen = dim if rotary_dim is None else rotary_dim
+    if not is_integer(chosen) or chosen % 2 or not 2 <= chosen <= dim:
         raise RotaryError(
-            f"rotary_dim is {rotary_dim!r}, the head dim {dim}.",
-            f"Use an even number from 0 to {dim - dim % 2}.",
+            f"the rotary dim is {chosen!r}, the head dim {dim}.",
+            "Use an even rotary_dim from 2 to the head dim." if dim > 1 else "Use a head dim of at least 2.",
         )
-    return rotary_dim
+    return int(chosen)
 
 
+@no_type_check
 def _check_position_ids(position_ids: Tensor, x: Tensor, layout: Layout) -> None:
     if not isinstance(position_ids, Tensor) or position_ids.dtype not in INTEGERS:
         raise RotaryError(f"position_ids is {_describe(position_ids)}.", "Pass a tensor of integers.")

@@ -2,8 +2,9 @@
 
 A body is a module-level function of picklable arguments that uses torch.distributed and nothing of this file.
 
-Gloo workers are forked once for each size and reused. They come from a nursery: a process that was forked before any
-test ran, because autograd refuses to work in a process forked after its parent ran a backward pass.
+Gloo workers are forked once for each size and reused. They come from a nursery: a process that was forked
+before any test ran, because autograd refuses to work in a process forked after its parent ran a backward
+pass.
 """
 
 import atexit

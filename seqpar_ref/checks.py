@@ -1,0 +1,73 @@
+"""What every public function asks of its input before it does anything."""
+
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError, ShapeError, TensorError
+from .shapes import Layout
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Checked = TypeVar("Checked", bound=Callable[..., Any])
+
+
+def no_type_check(checked: Checked) -> Checked:
+    """Mark what checks its own input: the shape checks that run in pytest leave it alone.
+
+    jaxtyping's import hook knows the decorator by this name. Without it the hook would refuse bad input
+    first, and callers would not see the named error. The annotations stay true, and static type checkers use
+    them.
+    """
+    return checked
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, of Python or numpy; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+@no_type_check
+def integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """The values as a tuple of Python integers.
+
+    Raises:
+        PlanError: one of them is no integer, or is negative.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise PlanError(f"{name} is {values!r}.", "Use integers.")
+    values = tuple(values)
+    for value in values:
+        if not is_integer(value):
+            kind = type(value).__name__
+            raise PlanError(f"{name} holds {value!r}, a {kind}.", "Use integers, not floats or bools.")
+        if value < 0:
+            raise PlanError(f"{name} holds {value}.", "Use integers of at least 0.")
+    return tuple(int(value) for value in values)
+
+
+@no_type_check
+def check_tensor(name: str, tensor: Tensor, layout: Layout) -> None:
+    """Refuse what is no floating-point tensor of four dims.
+
+    Raises:
+        TensorError: not a dense tensor, or of another dtype than float64, float32, bfloat16 and float16.
+        ShapeError: not four dims, or a head dim of zero.
+    """
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        raise TensorError(f"{name} is a {kind}.", f"Pass a tensor in the layout {layout.name!r}.")
+    if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        found = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        raise TensorError(f"{name} is a {found} tensor.", f"Use a dense tensor of {allowed}.")
+    if tensor.ndim != 4:
+        raise ShapeError(
+            f"{name} is {tuple(tensor.shape)}, {tensor.ndim} dims; the layout {layout.name!r} has 4.",
+            "Split merged dims first, for example with tensor.unflatten(-1, (heads, head_dim)).",
+        )
+    if tensor.shape[3] == 0:
+        raise ShapeError(f"{name} is {tuple(tensor.shape)}: head dim 0.", "Use a head dim of at least 1.")
