@@ -1,7 +1,7 @@
 r"""Each collective as a pure function of all ranks' tensors.
 
-Every function takes what all ranks put in, as a list by rank, and returns what all ranks get, again by rank. There is no
-process group, no buffer and no order of events here: this file says what the words *all-to-all*, *all-gather* and so on
+Every function takes what all ranks put in, as a list by rank, and returns what all ranks get, again by rank. There is
+no process group, no buffer and no order of events here: this file says what the words *all-to-all*, *all-gather* and so on
 mean. `VirtualWorld` executes these definitions, plain autograd differentiates them (so they are an oracle for
 hand-written backward passes), and the first notebook steps through them.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import CollectiveMismatchError, UnsupportedOperationError
 
-Splits = Sequence[Sequence[int]]
+Splits = Sequence[Sequence[int]] | np.ndarray
 
 
 def all_to_all(tensors: Sequence[Tensor], splits: Splits | None = None) -> list[Tensor]:
@@ -120,7 +120,9 @@ def reduce_tensors(tensors: Sequence[Tensor], op: str = "sum") -> Tensor:
     r"""$\bigoplus_r x_r$ in rank order, in the tensors' own dtype: what `all_reduce` gives to every rank."""
     _check_alike("a reduction", [(x.dtype, tuple(x.shape)) for x in tensors])
     if op not in _REDUCTIONS:
-        raise UnsupportedOperationError(f"virtual ranks have no reduction {op!r}.\n  Use one of {', '.join(_REDUCTIONS)}.")
+        raise UnsupportedOperationError(
+            f"virtual ranks have no reduction {op!r}.\n  Use one of {', '.join(_REDUCTIONS)}."
+        )
     total = fold(_REDUCTIONS[op], tensors)
     if op != "avg":
         return total
@@ -186,7 +188,9 @@ def _equal_parts(name: str, tensor: Tensor, size: int) -> tuple[Tensor, ...]:
 
 def _check_root(name: str, root: int, size: int) -> None:
     if not 0 <= root < size:
-        raise CollectiveMismatchError(f"{name}: root {root} of {size} ranks.\n  Pass a root from 0 to {size - 1}.")
+        raise CollectiveMismatchError(
+            f"{name}: root {root} of {size} ranks.\n  Pass a root from 0 to {size - 1}."
+        )
 
 
 def _check_alike(name: str, facts: Sequence[object]) -> None:

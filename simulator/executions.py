@@ -52,7 +52,7 @@ def _by_rank(columns: list[list[Tensor]], size: int) -> list[Sequence[Tensor]]:
 def _all_to_all_single(calls: list[Call]) -> list[Sequence[Tensor]]:
     width = _width(calls)
     rows = [call.inputs[0].reshape(len(call.inputs[0]), width) for call in calls]
-    splits = [call.splits[0] for call in calls]  # type: ignore[index]
+    splits = np.array([call.splits[0] for call in calls])  # type: ignore[index]
     return [[received] for received in collectives.all_to_all(rows, splits)]
 
 
@@ -137,7 +137,9 @@ def _sent_all_reduce(calls: list[Call]) -> np.ndarray:
 
 def _reduce_scatter_list(calls: list[Call]) -> list[Sequence[Tensor]]:
     op = calls[0].agree["reduction"]
-    return [[collectives.reduce_tensors([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
+    return [
+        [collectives.reduce_tensors([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))
+    ]
 
 
 def _reduce_scatter_single(calls: list[Call]) -> list[Sequence[Tensor]]:
@@ -156,7 +158,9 @@ def _reduce(calls: list[Call]) -> list[Sequence[Tensor]]:
 
 
 def _broadcast(calls: list[Call]) -> list[Sequence[Tensor]]:
-    return _by_rank([collectives.broadcast(column, calls[0].agree["root"]) for column in _columns(calls)], len(calls))
+    return _by_rank(
+        [collectives.broadcast(column, calls[0].agree["root"]) for column in _columns(calls)], len(calls)
+    )
 
 
 def _to_root(calls: list[Call]) -> np.ndarray:
@@ -190,7 +194,9 @@ def _no_bytes(calls: list[Call]) -> np.ndarray:
 COLLECTIVES = {
     "all_to_all_single": Collective(_all_to_all_single, _sent_all_to_all, _check_split_matrix),
     "all_to_all": Collective(
-        _all_to_all_list, _sent_lists, _check_lists(lambda call, to: call.inputs[to], lambda call, of: call.outputs[of])
+        _all_to_all_list,
+        _sent_lists,
+        _check_lists(lambda call, to: call.inputs[to], lambda call, of: call.outputs[of]),
     ),
     "all_gather": Collective(
         _all_gather_list,

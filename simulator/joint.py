@@ -1,11 +1,14 @@
 r"""One autograd node over all ranks.
 
 On hardware every rank has an autograd graph of its own, and the collectives in its backward meet those of the other
-ranks. In joint mode the tensors that `run` returns are outputs of one node. Its backward re-enters the world: every rank
-runs `torch.autograd.grad` over its own graph, the collectives are matched as ever, and a tensor that several ranks used
-gets the sum over ranks,
+ranks. In joint mode the tensors that `run` returns are outputs of one node. Its backward re-enters the world: every
+rank runs `torch.autograd.grad` over its own graph, the collectives are matched as ever, and a tensor that several ranks
+used gets the sum over ranks,
 
-$$\frac{\partial L}{\partial x} = \sum_r \sum_j \frac{\partial L}{\partial y_{r,j}} \frac{\partial y_{r,j}}{\partial x}.$$
+$$
+\frac{\partial L}{\partial x} = \sum_r \sum_j
+\frac{\partial L}{\partial y_{r,j}} \frac{\partial y_{r,j}}{\partial x}.
+$$
 
 With `create_graph` that backward is such a program again, so the hand-written backward passes themselves are what
 gradcheck and gradgradcheck judge.
@@ -36,8 +39,8 @@ class Program:
     """What every rank has computed: `outputs[r]` from `leaves[r]`, which stand for the same tensors on all ranks."""
 
     run: Run
-    leaves: list[Tensors]
-    outputs: list[Tensors]
+    leaves: Sequence[Tensors]
+    outputs: Sequence[Tensors]
 
 
 def run(world_run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -52,12 +55,16 @@ def run(world_run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
     results = [pytree.tree_flatten(result) for result in world_run.execute(body)]
     refuse_transforms([values for values, _ in results])
-    outputs = [_unique(x for x in values if isinstance(x, Tensor) and x.requires_grad) for values, _ in results]
+    outputs = [
+        _unique(x for x in values if isinstance(x, Tensor) and x.requires_grad) for values, _ in results
+    ]
     stand_ins = {id(copy) for own in copies for copy in own.values()}
     captured = _unique(leaf for own in outputs for leaf in _leaves(own) if id(leaf) not in stand_ins)
     leaves = [[*own.values(), *captured] for own in copies]
     tied = _tie(Program(world_run, leaves, outputs), [*given, *captured])
-    replaced = [{id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)]
+    replaced = [
+        {id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)
+    ]
     return [
         pytree.tree_unflatten([own.get(id(x), x) for x in values], spec)
         for (values, spec), own in zip(results, replaced, strict=True)
@@ -79,7 +86,7 @@ def refuse_transforms(values: Any) -> None:
         )
 
 
-def _tie(program: Program, inputs: Tensors) -> list[Tensors]:
+def _tie(program: Program, inputs: Tensors) -> Sequence[Tensors]:
     """The outputs by rank, as outputs of one node over `inputs`."""
     if not any(program.outputs):
         return program.outputs
@@ -124,14 +131,20 @@ class _Joint(torch.autograd.Function):
 
 
 def _tie_again(
-    program: Program, inputs: Tensors, gradients: Tensors, incoming: list[list[Tensor]], by_rank: list[list[Any]]
+    program: Program,
+    inputs: Tensors,
+    gradients: Tensors,
+    incoming: list[list[Tensor]],
+    by_rank: list[list[Any]],
 ) -> list[list[Any]]:
     """The backward as a program: gradients by rank as a function of the leaves and of the incoming gradients."""
     outputs = [[x for x in own if x is not None and x.requires_grad] for own in by_rank]
     everyones = [gradient for own in incoming for gradient in own]
     leaves = [[*own, *everyones] for own in program.leaves]
     tied = _tie(Program(program.run, leaves, outputs), [*inputs, *gradients])
-    replaced = [{id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)]
+    replaced = [
+        {id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)
+    ]
     return [[own.get(id(x), x) for x in values] for values, own in zip(by_rank, replaced, strict=True)]
 
 

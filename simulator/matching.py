@@ -6,15 +6,10 @@ a `Channel` the group's sequence of meetings plus its sends and receives. A meet
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import CodeType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,16 +17,10 @@ import torch
 from torch import Tensor
 
 from .errors import CollectiveMismatchError
+from .source_lines import Lines, lines_text
 
 if TYPE_CHECKING:
     from .world import Run
-
-_SHOWN_CALLERS = 3
-_NOT_THE_PROGRAM = (
-    *(f"{Path(package).parent}{os.sep}" for package in (__file__, torch.__file__)),
-    threading.__file__,
-    contextlib.__file__,
-)
 
 
 @dataclass(eq=False)
@@ -55,7 +44,7 @@ class Call:
     agree: dict[str, Any]
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
-    where: tuple[tuple[CodeType, int], ...]
+    where: Lines
     splits: tuple[np.ndarray, np.ndarray] | None = None
     deferred: bool = True
     landed: bool = False
@@ -111,20 +100,24 @@ class Meeting:
         try:
             collective.check(calls)
         except CollectiveMismatchError as error:
-            self.channel.run.scheduler.suspect(lambda error=error: self._explain(str(error)))
+            self.channel.run.scheduler.suspect(partial(self._explain, str(error)))
             return
+        self._execute(calls, collective)
+        self.channel.finished(self)
+        for rank in self._waiting:
+            self.channel.run.scheduler.ready(rank)
+
+    def _execute(self, calls: list[Call], collective: Collective) -> None:
+        self.channel.run.add_bytes(self.channel.ranks, collective.sent(calls))
         with torch.no_grad():
-            results = _snapshot(collective.execute(calls), calls)
-            for call, received in zip(calls, results, strict=True):
+            for call, received in zip(calls, _snapshot(collective.execute(calls), calls), strict=True):
                 if call.deferred:
                     self._results[call.rank] = received
                 else:
                     call.land(received)
-        self.channel.run.add_bytes(self.channel.ranks, collective.sent(calls))
-        self.channel.finished(self)
+        for call in calls:
+            call.inputs = ()
         self.executed = True
-        for rank in self._waiting:
-            self.channel.run.scheduler.ready(rank)
 
     def wait(self, call: Call) -> None:
         """Block the calling rank until the collective has executed and its outputs are filled."""
@@ -148,7 +141,9 @@ class Meeting:
             facts = [call.agree for call in self.calls.values()]
             names = [name for name in facts[0] if any(fact.get(name) != facts[0][name] for fact in facts)]
             what = f"{kinds.pop()} with different {', '.join(names)}"
-        return self._explain(f"the ranks call {what}.\n  Make every rank of the group call the same, in the same order.")
+        return self._explain(
+            f"the ranks call {what}.\n  Make every rank of the group call the same, in the same order."
+        )
 
     def _explain(self, what: str) -> CollectiveMismatchError:
         return CollectiveMismatchError(f"{self}: {what}\n{self.channel.run.where_ranks_stand(self)}")
@@ -176,7 +171,9 @@ class Channel:
         self._receives: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
 
     def __str__(self) -> str:
-        members = f"all {self.run.size} ranks" if len(self.ranks) == self.run.size else f"ranks {list(self.ranks)}"
+        members = (
+            f"all {self.run.size} ranks" if len(self.ranks) == self.run.size else f"ranks {list(self.ranks)}"
+        )
         return f"group {self.name!r} of {members}"
 
     def meet(self, call: Call, collective: Collective) -> Meeting:
@@ -209,7 +206,9 @@ class Channel:
             self._deliver(partner, message)
         self.run.scheduler.preempt(rank)
 
-    def _partner(self, message: Message, other: dict[tuple[int, int], deque[Message]], there: Any) -> Message | None:
+    def _partner(
+        self, message: Message, other: dict[tuple[int, int], deque[Message]], there: Any
+    ) -> Message | None:
         if message.peer is None:
             queues = [queue for (_, tag), queue in other.items() if tag == message.tag]
         else:
@@ -290,27 +289,6 @@ def _snapshot(results: list[Sequence[Tensor]], calls: list[Call]) -> list[Sequen
 def nbytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
-
-
-def program_lines() -> tuple[tuple[CodeType, int], ...]:
-    """The innermost source lines of the calling thread that belong neither to torch nor to the simulator."""
-    return lines_of(sys._getframe(1))
-
-
-def lines_of(frame: Any) -> tuple[tuple[CodeType, int], ...]:
-    """The same for a frame."""
-    lines: list[tuple[CodeType, int]] = []
-    while frame is not None and len(lines) <= _SHOWN_CALLERS:
-        if not frame.f_code.co_filename.startswith(_NOT_THE_PROGRAM):
-            lines.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(lines)
-
-
-def lines_text(lines: tuple[tuple[CodeType, int], ...]) -> str:
-    """`file.py:12 in inner < file.py:30 in outer`."""
-    shown = [f"{code.co_filename}:{line} in {code.co_name}" for code, line in lines]
-    return " < ".join(shown) or "an unknown line"
 
 
 def _readable(value: Any) -> str:

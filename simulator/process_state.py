@@ -11,7 +11,9 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,15 +35,20 @@ class ProcessState:
         self.run, self.rank = run, rank
         self.groups = GroupRegistry(run.make_default_group)
         own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
-        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
-        self._environment = os.environ._data.copy()  # type: ignore[attr-defined]
+        shared = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": 29500,
+        }
+        self.environment = os.environ._data.copy()  # type: ignore[attr-defined]
         for name, value in {**own, **shared}.items():
-            self._environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
+            self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
         self._generator = torch.default_generator.get_state()
 
     def enter(self) -> None:
         """The rank gets the baton."""
-        os.environ._data = self._environment  # type: ignore[attr-defined]
+        os.environ._data = self.environment  # type: ignore[attr-defined]
         torch.default_generator.set_state(self._generator)
 
     def leave(self) -> None:
@@ -76,9 +83,15 @@ class GroupRegistry:
 
     def clear(self) -> None:
         """Forget all groups, as a process that has just begun."""
-        self._default, self.group_count, self.comms = None, 0, []
-        self.pg_map, self.pg_names, self.pg_group_ranks, self.pg_backend_config = {}, {}, {}, {}
-        self.tags_to_pg, self.pg_to_tag, self.pg_coalesce_state = {}, {}, {}
+        self._default, self.group_count = None, 0
+        self.comms: list[Any] = []
+        self.pg_map: dict[Any, Any] = {}
+        self.pg_names: dict[Any, Any] = {}
+        self.pg_group_ranks: dict[Any, Any] = {}
+        self.pg_backend_config: dict[Any, Any] = {}
+        self.tags_to_pg: dict[Any, Any] = {}
+        self.pg_to_tag: dict[Any, Any] = {}
+        self.pg_coalesce_state: dict[Any, Any] = {}
 
     def reopen(self) -> None:
         """Let the default group come into being again, for a backward pass that runs after the program's end."""
@@ -108,7 +121,7 @@ class GroupRegistry:
 
 def _asked_by_init_process_group() -> bool:
     """Whether the reader of `group.WORLD` is init_process_group's test for a group that exists already."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(4):
         if frame is None or frame.f_code.co_name == "init_process_group":
             return frame is not None
@@ -137,7 +150,9 @@ _users = [0]
 
 
 @contextlib.contextmanager
-def virtual_processes(new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> Iterator[None]:
+def virtual_processes(
+    states: Sequence[ProcessState], new_group: Callable[..., Any], rendezvous: Callable[..., Any]
+) -> Iterator[None]:
     """While this is open, rank threads have groups, environment and random numbers of their own.
 
     Threads that are no ranks, and a real process group that they use, see no difference. Several worlds may be open
@@ -156,22 +171,33 @@ def virtual_processes(new_group: Callable[..., Any], rendezvous: Callable[..., A
             _users[0] -= 1
             if _users[0] == 0:
                 _uninstall()
-        os.environ._data = environment  # type: ignore[attr-defined]
+        _restore_environment(environment, states)
         torch.default_generator.set_state(generator)
         torch.set_num_threads(threads)
         sys.excepthook = excepthook
 
 
+def _restore_environment(environment: dict[bytes, bytes], states: Sequence[ProcessState]) -> None:
+    """Undo what ranks have set, also where C code reads it."""
+    os.environ._data = environment  # type: ignore[attr-defined]
+    for name in {name for state in states for name, _ in environment.items() ^ state.environment.items()}:
+        if name in environment:
+            os.putenv(name, environment[name])
+        else:
+            os.unsetenv(name)
+
+
 def _install(new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> None:
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    _installed.append(lambda: torch._C._distributed_c10d._set_thread_isolation_mode(False))
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    isolate(True)
+    _installed.append(partial(isolate, False))
     replacements = {
         "_world": _RoutedRegistry(c10d._world),
         "_new_process_group_helper": _routed(c10d._new_process_group_helper, new_group),
         "rendezvous": _routed(c10d.rendezvous, rendezvous),
     }
     for name, replacement in replacements.items():
-        _installed.append(lambda name=name, original=getattr(c10d, name): setattr(c10d, name, original))
+        _installed.append(partial(setattr, c10d, name, getattr(c10d, name)))
         setattr(c10d, name, replacement)
 
 

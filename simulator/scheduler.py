@@ -157,7 +157,9 @@ class Scheduler:
             self._batons[rank].release()
         else:
             context = self._context.copy()
-            thread = threading.Thread(target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True)
+            thread = threading.Thread(
+                target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True
+            )
             self._threads[rank] = thread
             thread.start()
 

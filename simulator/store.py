@@ -1,4 +1,4 @@
-"""The key-value store of virtual ranks: a rank that waits for a key hands the baton on, where torch's would stop all."""
+"""The key-value store of virtual ranks: a rank that waits for a key lets the others run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from . import process_state
-from .matching import lines_text, program_lines
+from .source_lines import lines_text, program_lines
 
 if TYPE_CHECKING:
     from .world import Run

@@ -15,13 +15,16 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  (binds group.WORLD when imported: before any rank starts)
+import torch.distributed._functional_collectives
+import torch.distributed.nn.functional
+from torch.utils import _pytree as pytree
 
 from . import joint, process_state
 from .errors import DeadlockError, WorldError
-from .matching import Channel, Meeting, Waiting, lines_of, lines_text
+from .matching import Channel, Meeting, Waiting
 from .process_group import new_process_group, rendezvous
 from .scheduler import Scheduler
+from .source_lines import lines_of, lines_text
 from .store import VirtualStore
 
 Result = TypeVar("Result")
@@ -79,7 +82,9 @@ class VirtualWorld:
             UnsupportedTransformError: called under forward-mode AD or inside a functorch transform.
         """
         if not callable(fn):
-            raise WorldError(f"run() got {fn!r}, which cannot be called.\n  Pass the function that every rank runs.")
+            raise WorldError(
+                f"run() got {fn!r}, which cannot be called.\n  Pass the function that every rank runs."
+            )
         joint.refuse_transforms((args, kwargs))
         self._last = run = Run(self.size, self.seed)
         if self.autograd == "joint":
@@ -108,10 +113,12 @@ class Run:
             self._states[rank].adopt_thread()
             with modes():
                 results[rank] = body(rank)
+                _wait_for_functional_collectives(results[rank])
 
-        with process_state.virtual_processes(new_process_group, rendezvous):
-            if not self._states:
-                self._states = [process_state.ProcessState(self, rank, self.size) for rank in range(self.size)]
+        self._states = self._states or [
+            process_state.ProcessState(self, rank, self.size) for rank in range(self.size)
+        ]
+        with process_state.virtual_processes(self._states, new_process_group, rendezvous):
             for state in self._states:
                 state.groups.reopen()
             self.scheduler = Scheduler(
@@ -126,7 +133,7 @@ class Run:
 
     def channel(self, name: str, ranks: tuple[int, ...]) -> Channel:
         """What the ranks of a group share; every rank that makes the group gets the same."""
-        return self._channels.setdefault((name, ranks), Channel(self, ranks))
+        return self._channels.setdefault((name, ranks), Channel(self, name, ranks))
 
     def make_default_group(self) -> None:
         """The group of all ranks, for a program that does not call init_process_group itself."""
@@ -144,7 +151,9 @@ class Run:
 
     def where_ranks_stand(self, meeting: Meeting | None = None) -> str:
         """One line a rank: what it waits for and at which source line, or that it has returned."""
-        global_rank = {} if meeting is None else {r: meeting.calls.get(i) for i, r in enumerate(meeting.channel.ranks)}
+        global_rank = (
+            {} if meeting is None else {r: meeting.calls.get(i) for i, r in enumerate(meeting.channel.ranks)}
+        )
         frames = sys._current_frames()
         lines = []
         for rank in range(self.size):
@@ -173,11 +182,21 @@ class Run:
         )
 
 
+def _wait_for_functional_collectives(result: Any) -> None:
+    """Their results wait when they are first used, which outside of the rank would be too late."""
+    functional = torch.distributed._functional_collectives
+    for value in pytree.tree_leaves(result):
+        if isinstance(value, functional.AsyncCollectiveTensor):
+            value.trigger_wait()
+
+
 def _thread_modes() -> Callable[[], contextlib.ExitStack]:
     """The caller's grad and autocast modes, to enter in another thread."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocast = {
-        device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        device: torch.get_autocast_dtype(device)
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
     }
 
     def enter() -> contextlib.ExitStack:

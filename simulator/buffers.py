@@ -1,0 +1,100 @@
+"""What may be the buffer of a collective. Refused is what gloo or NCCL would read or fill in the wrong order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .errors import BufferError, UnsupportedTransformError
+from .matching import nbytes
+
+
+def check_tensor(kind: str, tensor: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise UnsupportedTransformError(
+            f"{kind} got a tensor inside a functorch transform (grad, vmap, jvp, ...), whose derivative would silently "
+            "be zero.\n  Use torch.autograd.grad, or VirtualWorld(..., autograd='joint') with gradcheck."
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise UnsupportedTransformError(
+            f"{kind} got a tensor with a forward-mode tangent, which would silently be lost.\n  Use reverse mode."
+        )
+    if tensor.is_sparse or tensor.layout != torch.strided:
+        raise BufferError(f"{kind} got a tensor of layout {tensor.layout}.\n  Pass dense tensors.")
+    if not tensor.is_contiguous():
+        raise BufferError(
+            f"{kind} got a tensor of shape {list(tensor.shape)} with strides {list(tensor.stride())}; gloo and NCCL "
+            "refuse it or read its memory in the wrong order.\n  Pass tensor.contiguous(), or for a buffer torch.empty(shape)."
+        )
+
+
+def check_count(kind: str, what: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise BufferError(f"{kind} got {got} {what} and needs {wanted}.\n  Pass {wanted}.")
+
+
+def check_overlap(kind: str, many: Sequence[Tensor], one: Tensor, own: Tensor | None = None) -> None:
+    """Refuse buffers that share memory, except the in-place form, in which `one` is exactly the rank's own part."""
+    if own is not None and _bytes_of(own) == _bytes_of(one):
+        return
+    for tensor in many:
+        if shared := overlap(one, tensor):
+            raise BufferError(
+                f"{kind}: an input and an output overlap in {shared} bytes.\n  Give the output memory of its own."
+            )
+
+
+def overlap(one: Tensor, other: Tensor) -> int:
+    """Bytes that two contiguous tensors share."""
+    (first, end), (other_first, other_end) = _bytes_of(one), _bytes_of(other)
+    return max(0, min(end, other_end) - max(first, other_first))
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + nbytes(tensor)
+
+
+def part(tensor: Tensor, rank: int, size: int) -> Tensor:
+    length = tensor.numel() // size
+    return tensor.view(-1)[rank * length : (rank + 1) * length] if tensor.is_contiguous() else tensor
+
+
+def rows_by_rank(name: str, tensor: Tensor, splits: Sequence[int] | None, size: int) -> np.ndarray:
+    """Rows by rank, checked against the tensor; equal parts if no sizes are given."""
+    if tensor.dim() == 0:
+        raise BufferError(
+            f"all_to_all_single: the {name} has no dims.\n  Pass a tensor with rows along dim 0."
+        )
+    rows = len(tensor)
+    if not splits:
+        if rows % size:
+            raise BufferError(
+                f"all_to_all_single: the {name} has {rows} rows, which do not split in {size} equal parts.\n"
+                f"  Pass {name}_split_sizes, or a multiple of {size} rows."
+            )
+        return np.full(size, rows // size, dtype=np.int64)
+    sizes = np.asarray(splits, dtype=np.int64)
+    if len(sizes) != size or sizes.sum() != rows or sizes.min() < 0:
+        raise BufferError(
+            f"all_to_all_single: {name}_split_sizes {list(splits)} has {len(sizes)} entries with sum {sizes.sum()}; "
+            f"the {name} has {rows} rows and the group {size} ranks.\n"
+            f"  Pass {size} sizes, none negative, with sum {rows}."
+        )
+    return sizes
+
+
+def poison(outputs: Sequence[Tensor]) -> None:
+    """Fill the outputs of an asynchronous call with what cannot be mistaken for data, until `wait()`."""
+    for output in outputs:
+        tensor = output.detach()
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype == torch.bool:
+            tensor.logical_not_()
+        else:
+            limits = torch.iinfo(tensor.dtype)
+            tensor.fill_(limits.min or limits.max)
