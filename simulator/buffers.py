@@ -28,7 +28,8 @@ def check_tensor(kind: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise BufferError(
             f"{kind} got a tensor of shape {list(tensor.shape)} with strides {list(tensor.stride())}; gloo and NCCL "
-            "refuse it or read its memory in the wrong order.\n  Pass tensor.contiguous(), or for a buffer torch.empty(shape)."
+            "refuse it or read its memory in the wrong order.\n"
+            "  Pass tensor.contiguous(), or for a buffer torch.empty(shape)."
         )
 
 

@@ -1,8 +1,8 @@
 r"""Each collective as a pure function of all ranks' tensors.
 
 Every function takes what all ranks put in, as a list by rank, and returns what all ranks get, again by rank. There is
-no process group, no buffer and no order of events here: this file says what the words *all-to-all*, *all-gather* and so on
-mean. `VirtualWorld` executes these definitions, plain autograd differentiates them (so they are an oracle for
+no process group, no buffer and no order of events here: this file says what the words *all-to-all*, *all-gather* and so
+on mean. `VirtualWorld` executes these definitions, plain autograd differentiates them (so they are an oracle for
 hand-written backward passes), and the first notebook steps through them.
 
 $P$ is the number of ranks and $x_r$ the tensor of rank $r$; $\Vert$ concatenates along dim 0.

@@ -1,8 +1,8 @@
 """The face that torch.distributed sees: a process group whose members are virtual ranks, and its Work handles.
 
 It is a real `dist.ProcessGroup`, so `dist.all_reduce(...)`, functional collectives, DDP, DeviceMesh and code that
-nobody here wrote run on it unchanged. Each method turns torch's arguments into a `Call`, refuses what hardware would silently
-get wrong, and hands it to the group's `Channel`.
+nobody here wrote run on it unchanged. Each method turns torch's arguments into a `Call`, refuses what hardware would
+silently get wrong, and hands it to the group's `Channel`.
 """
 
 # mypy: disable-error-code="override, assignment"
@@ -92,8 +92,8 @@ class VirtualGroup(dist.ProcessGroup):
         if state is None or state.run is not self.channel.run or state.rank != self.channel.ranks[self._rank]:
             raise StaleGroupError(
                 f"rank {self.channel.ranks[self._rank]}'s end of the {self.channel} is used outside of the run, or of "
-                "the rank, that made it.\n  Make groups inside the function that run() calls; to differentiate what run() "
-                "returns, use VirtualWorld(..., autograd='joint')."
+                "the rank, that made it.\n  Make groups inside the function that run() calls; to differentiate what "
+                "run() returns, use VirtualWorld(..., autograd='joint')."
             )
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
