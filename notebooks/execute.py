@@ -1,7 +1,7 @@
 """Execute the notebooks. Each is edited as a py:percent file; this makes the .ipynb beside it, outputs included.
 
-    python notebooks/execute.py            write the notebooks, and their pages for the docs site
-    python notebooks/execute.py --check    change nothing; say what is stale and end with exit code 1
+python notebooks/execute.py            write the notebooks, and their pages for the docs site
+python notebooks/execute.py --check    change nothing; say what is stale and end with exit code 1
 """
 
 import sys

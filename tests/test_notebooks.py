@@ -1,0 +1,64 @@
+"""The notebooks are what their py:percent files say, outputs included, and keep to the rules for them."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+jupytext = pytest.importorskip("jupytext")
+pytest.importorskip("nbclient")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
+
+
+def execute(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(root / "notebooks" / "execute.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_no_notebook_is_stale():
+    """Executes them all."""
+    done = execute(FOLDER.parent, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert SOURCES
+
+
+def test_a_stale_notebook_would_be_found(tmp_path):
+    """A changed value changes an output; a file without its notebook is found, too."""
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(FOLDER / "execute.py", tmp_path / "notebooks")
+    source = tmp_path / "notebooks" / "01_small.py"
+    source.write_text("# %%\nprint(1)\n")
+    assert execute(tmp_path, "--check").returncode == 1
+    assert execute(tmp_path).returncode == 0
+    notebook = source.with_suffix(".ipynb")
+    notebook.write_text(notebook.read_text().replace('"1\\n"', '"2\\n"'))
+    done = execute(tmp_path, "--check")
+    assert done.returncode == 1
+    assert "01_small.ipynb: stale" in done.stdout
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_rules_for_notebooks(source):
+    notebook = jupytext.read(source.with_suffix(".ipynb"))
+    cells = notebook.cells
+    assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"
+    assert "extension: .py" in source.read_text().split("# ---")[1]
+    assert cells[0].cell_type == "markdown"
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 12, cell.source
+        assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE), "no magics"
+    for before, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code" and cell.outputs:
+            assert "**Question.**" in before.source, cell.source
+    assert code[-1].source.count("assert") > 1
+    puzzles = cells[-1].source
+    assert puzzles.count("<details>") == 2
