@@ -21,6 +21,10 @@ SWALLOWED_STOPS = 1000
 """How many times a rank may catch the order to stop and call another collective before its thread is parked."""
 
 
+INTERRUPT_SECONDS = 5.0
+"""How long an interrupted run waits for the rank that has the baton: one that never communicates cannot be stopped."""
+
+
 class RankStopped(BaseException):
     """Unwinds a rank after the world has failed; not an `Exception`, so that `except Exception` lets it through."""
 
@@ -68,7 +72,8 @@ class Scheduler:
             self._done.wait()
         except BaseException as interrupt:
             self.fail(interrupt)
-            self._done.wait()
+            if not self._done.wait(INTERRUPT_SECONDS):
+                raise
         for rank, thread in self._threads.items():
             if rank not in self._parked:
                 thread.join()

@@ -53,7 +53,7 @@ class VirtualWorld:
     """
 
     def __init__(
-        self, size: int, *, autograd: Literal["faithful", "joint"] = "faithful", seed: int | None = None
+        self, size: int, autograd: Literal["faithful", "joint"] = "faithful", seed: int | None = None
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")

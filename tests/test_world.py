@@ -133,7 +133,10 @@ def coalesced(dtype):
     with dist._coalescing_manager():
         for tensor in several:
             dist.all_reduce(tensor)
-    return several
+    dist.all_reduce_coalesced(several)
+    lists = [[torch.empty(2, 3, dtype=dtype), torch.empty(1, 3, dtype=dtype)] for _ in range(SIZE)]
+    dist.all_gather_coalesced(lists, [mine(2, dtype=dtype), mine(1, dtype=dtype)])
+    return several, lists
 
 
 BODIES = [
