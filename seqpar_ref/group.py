@@ -6,7 +6,7 @@ ranks.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from .checks import no_type_check
 from .errors import GroupError
 
 
+@runtime_checkable
 class Group(Protocol):
     """Ranks that exchange with each other."""
 

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .plan import Runs
+from .rows import sum_rows, write_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +104,14 @@ class Cut:
         if self.in_order:
             return tensors[0].contiguous().view(-1)
         buffer = tensors[0].new_empty(self.size)
-        for index, (part, tensor) in enumerate(zip(self.parts, tensors, strict=True)):
-            if self.even:
-                self._pieces(buffer, index).copy_(self._by_rank(part.narrow(tensor)))
-            else:
-                rows = part.narrow(tensor).unflatten(-1, (-1, self.row))
-                buffer.view(-1, self.row).index_put_((self._positions[index].written,), rows.unsqueeze(-2))
+        travelling = [part.narrow(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        if self.even:
+            for index, tensor in enumerate(travelling):
+                self._pieces(buffer, index).copy_(self._by_rank(tensor))
+        else:
+            positions = [positions.written for positions in self._positions]
+            rows = [tensor.unflatten(-1, (-1, self.row)) for tensor in travelling]
+            write_rows(buffer.view(-1, self.row), positions, rows)
         return buffer
 
     def new_buffer(self, dtype: torch.dtype) -> Tensor:
@@ -132,7 +135,7 @@ class Cut:
         rows = buffer.view(-1, self.row)
         positions = self._positions[index]
         if positions.bags is not None:
-            return _sum_rows(rows, positions.read, positions.bags).view(part.shape)
+            return sum_rows(rows, positions.read, positions.bags).view(part.shape)
         tensor = buffer.new_empty(part.shape)
         torch.index_select(rows, 0, positions.read, out=tensor.view(-1, self.row))
         return tensor
@@ -205,20 +208,6 @@ class Cut:
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device)
-
-
-def _sum_rows(
-    rows: Float[Tensor, "received row"], read: Int[Tensor, " all_copies"], bags: Int[Tensor, " sums"]
-) -> Float[Tensor, "sums row"]:
-    """For each bag the sum of its rows, in order, half types in float32 and rounded once; zeros for an empty
-    bag.
-
-    On a CPU the fast kernel for bfloat16 rounds ties up instead of to even. It stands back where some row is
-    excluded from all sums. The last row of the buffer, which belongs to no chunk, serves as that row.
-    """
-    rounds_ties_up = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-    excluded = len(rows) - 1 if rounds_ties_up else -1
-    return torch.embedding_bag(rows, read, bags, False, 0, False, None, False, excluded)[0]
 
 
 def _holders(first: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
