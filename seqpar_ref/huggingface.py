@@ -71,7 +71,7 @@ def register(group: GroupLike = None, plan: Plan | None = None, *, name: str = "
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise TransformersMissingError(
-            "transformers is not installed.", "Install it with: pip install 'seqpar[hf]'"
+            "transformers is not installed.", "Install it with: pip install -e '.[hf]'   (in seqpar's folder)"
         ) from error
     if not isinstance(name, str) or not name or "|" in name:
         raise ArgumentError(f"name is {name!r}.", 'Use a name such as "seqpar".')

