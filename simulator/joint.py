@@ -16,8 +16,8 @@ gradcheck and gradgradcheck judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -36,39 +36,55 @@ Tensors = Sequence[Tensor]
 
 @dataclass
 class Program:
-    """What every rank has computed: `outputs[r]` from `leaves[r]`, which stand for the same tensors on all ranks."""
+    """What every rank has computed, and from which tensors.
+
+    Attributes:
+        run: the ranks, to be entered again.
+        outputs: by rank, the tensors at the end of its graph.
+        leaves: by rank, the leaf tensors that its graph begins with.
+        places: by rank and leaf, the number of the tensor outside of the world that the leaf is or stands for.
+    """
 
     run: Run
-    leaves: Sequence[Tensors]
     outputs: Sequence[Tensors]
+    leaves: Sequence[Tensors]
+    places: Sequence[Sequence[int]]
+
+
+@dataclass
+class StandIns:
+    """Leaf tensors that stand inside of the world for tensors outside, so that a rank's graph ends at them."""
+
+    outer: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def make(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+        """A new leaf for a tensor."""
+        leaf = tensor.detach().requires_grad_(requires_grad)
+        self.outer[id(leaf)] = leaf, tensor
+        return leaf
+
+    def behind(self, leaf: Tensor) -> Tensor:
+        """What the leaf stands for: itself, unless it was made here."""
+        return self.outer.get(id(leaf), (leaf, leaf))[1]
 
 
 def run(world_run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Run `fn` on all ranks, and tie the tensors that it returns to the tensors that it got or captured."""
     flat, spec = pytree.tree_flatten((args, kwargs))
-    given = _unique(x for x in flat if isinstance(x, Tensor) and x.requires_grad)
-    copies = [{id(x): x.detach().requires_grad_() for x in given} for _ in range(world_run.size)]
+    cut = [isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in flat]
+    stand_ins = StandIns()
 
     def body(rank: int) -> Any:
-        own_args, own_kwargs = pytree.tree_unflatten([copies[rank].get(id(x), x) for x in flat], spec)
+        if not any(cut):
+            return fn(*args, **kwargs)
+        copies = {id(x): stand_ins.make(x) for x, is_cut in zip(flat, cut, strict=True) if is_cut}
+        own_args, own_kwargs = pytree.tree_unflatten([copies.get(id(x), x) for x in flat], spec)
         return fn(*own_args, **own_kwargs)
 
     results = [pytree.tree_flatten(result) for result in world_run.execute(body)]
     refuse_transforms([values for values, _ in results])
-    outputs = [
-        _unique(x for x in values if isinstance(x, Tensor) and x.requires_grad) for values, _ in results
-    ]
-    stand_ins = {id(copy) for own in copies for copy in own.values()}
-    captured = _unique(leaf for own in outputs for leaf in _leaves(own) if id(leaf) not in stand_ins)
-    leaves = [[*own.values(), *captured] for own in copies]
-    tied = _tie(Program(world_run, leaves, outputs), [*given, *captured])
-    replaced = [
-        {id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)
-    ]
-    return [
-        pytree.tree_unflatten([own.get(id(x), x) for x in values], spec)
-        for (values, spec), own in zip(results, replaced, strict=True)
-    ]
+    tied = _tie(world_run, [values for values, _ in results], stand_ins)
+    return [pytree.tree_unflatten(values, spec) for values, (_, spec) in zip(tied, results, strict=True)]
 
 
 def refuse_transforms(values: Any) -> None:
@@ -86,16 +102,22 @@ def refuse_transforms(values: Any) -> None:
         )
 
 
-def _tie(program: Program, inputs: Tensors) -> Sequence[Tensors]:
-    """The outputs by rank, as outputs of one node over `inputs`."""
-    if not any(program.outputs):
-        return program.outputs
-    flat = iter(_Joint.apply(program, *inputs))  # type: ignore[no-untyped-call]
-    return [[next(flat) for _ in own] for own in program.outputs]
+def _tie(run: Run, values: Sequence[Sequence[Any]], stand_ins: StandIns) -> list[list[Any]]:
+    """The values by rank, those with a gradient as outputs of one node over all that they were computed from."""
+    outputs = [_unique(x for x in own if isinstance(x, Tensor) and x.requires_grad) for own in values]
+    leaves = [_leaves(own) for own in outputs]
+    inputs = _unique(stand_ins.behind(leaf) for own in leaves for leaf in own)
+    number = {id(x): place for place, x in enumerate(inputs)}
+    places = [[number[id(stand_ins.behind(leaf))] for leaf in own] for own in leaves]
+    if not inputs:
+        return [list(own) for own in values]
+    flat = iter(_Joint.apply(Program(run, outputs, leaves, places), *inputs))  # type: ignore[no-untyped-call]
+    tied = [{id(x): next(flat) for x in own} for own in outputs]
+    return [[new.get(id(x), x) for x in own] for own, new in zip(values, tied, strict=True)]
 
 
 class _Joint(torch.autograd.Function):
-    """The node. `inputs` are the tensors outside of the world for which the ranks' leaves stand."""
+    """The node. Its inputs are the tensors outside of the world that the ranks' leaves are or stand for."""
 
     @staticmethod
     def forward(ctx: Any, program: Program, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -106,61 +128,46 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         program, inputs, again = ctx.program, ctx.saved_tensors, torch.is_grad_enabled()
-        ends = iter(gradients)
-        incoming = [[next(ends).detach().requires_grad_(again) for _ in own] for own in program.outputs]
+        stand_ins, ends = StandIns(), iter(gradients)
+        for own, places in zip(program.leaves, program.places, strict=True):
+            stand_ins.outer.update({id(x): (x, inputs[place]) for x, place in zip(own, places, strict=True)})
+        incoming = [[stand_ins.make(next(ends), again) for _ in own] for own in program.outputs]
 
         def body(rank: int) -> Tensors:
-            if not program.outputs[rank] or not program.leaves[rank]:
+            outputs, leaves = program.outputs[rank], program.leaves[rank]
+            if not leaves:
                 return []
             return torch.autograd.grad(
-                program.outputs[rank],
-                program.leaves[rank],
-                incoming[rank],
-                create_graph=again,
-                retain_graph=True,
-                allow_unused=True,
+                outputs, leaves, incoming[rank], create_graph=again, retain_graph=True, allow_unused=True
             )
 
-        by_rank = [list(own) or [None] * len(inputs) for own in program.run.execute(body)]
+        by_rank: Sequence[Sequence[Any]] = program.run.execute(body)
         if again:
-            by_rank = _tie_again(program, inputs, gradients, incoming, by_rank)
+            by_rank = _tie(program.run, by_rank, stand_ins)
         elif not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.program = None
-        shares = [[own[i] for own in by_rank if own[i] is not None] for i in range(len(inputs))]
+        shares: list[list[Tensor]] = [[] for _ in inputs]
+        for own, places in zip(by_rank, program.places, strict=True):
+            for gradient, place in zip(own, places, strict=True):
+                if gradient is not None:
+                    shares[place].append(gradient)
         return None, *(reduce(torch.add, share) if share else None for share in shares)
 
 
-def _tie_again(
-    program: Program,
-    inputs: Tensors,
-    gradients: Tensors,
-    incoming: list[list[Tensor]],
-    by_rank: list[list[Any]],
-) -> list[list[Any]]:
-    """The backward as a program: gradients by rank as a function of the leaves and of the incoming gradients."""
-    outputs = [[x for x in own if x is not None and x.requires_grad] for own in by_rank]
-    everyones = [gradient for own in incoming for gradient in own]
-    leaves = [[*own, *everyones] for own in program.leaves]
-    tied = _tie(Program(program.run, leaves, outputs), [*inputs, *gradients])
-    replaced = [
-        {id(x): y for x, y in zip(own, new, strict=True)} for own, new in zip(outputs, tied, strict=True)
-    ]
-    return [[own.get(id(x), x) for x in values] for values, own in zip(by_rank, replaced, strict=True)]
-
-
 def _leaves(outputs: Tensors) -> list[Tensor]:
-    """The leaf tensors that a graph ends in."""
-    nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    seen, leaves = set(nodes), [x for x in outputs if x.grad_fn is None]
-    while nodes:
-        node = nodes.pop()
+    """The leaf tensors that a graph begins with."""
+    nodes = {x.grad_fn: None for x in outputs if x.grad_fn is not None}
+    leaves, stack = [x for x in outputs if x.grad_fn is None], list(nodes)
+    while stack:
+        node = stack.pop()
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        following = {below for below, _ in node.next_functions if below is not None and below not in seen}
-        seen |= following
-        nodes.extend(following)
-    return leaves
+        for below, _ in node.next_functions:
+            if below is not None and below not in nodes:
+                nodes[below] = None
+                stack.append(below)
+    return _unique(leaves)
 
 
-def _unique(tensors: Any) -> list[Tensor]:
+def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(x): x for x in tensors}.values())

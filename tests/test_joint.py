@@ -154,3 +154,19 @@ def test_results_without_gradient_pass_through():
     x = torch.ones(1, requires_grad=True)
     with torch.no_grad():
         assert not VirtualWorld(2, autograd="joint").run(lambda x: x * 2, x)[0].requires_grad
+
+
+def test_a_tensor_with_a_history_gets_its_gradient_once():
+    """It is an argument, what it was computed from is captured: neither path may count twice."""
+    layer = torch.nn.Linear(2, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    hidden, captured = layer(x), layer(x) * 3
+
+    def body(given):
+        return layer(given) * (dist.get_rank() + 1) + captured
+
+    results = VirtualWorld(2, autograd="joint").run(body, hidden)
+    ours = torch.autograd.grad(sum((r * r).sum() for r in results), [hidden, layer.weight, x], retain_graph=True)
+    plain = [layer(hidden) * (rank + 1) + captured for rank in range(2)]
+    expected = torch.autograd.grad(sum((r * r).sum() for r in plain), [hidden, layer.weight, x])
+    assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(ours, expected, strict=True))
