@@ -76,7 +76,7 @@ class Steps:
         else:
             self.console.print(f"{doing} ...")
             yield
-        self.console.print(f"[green]✓[/green] {doing}: {time.perf_counter() - start:.1f} s", highlight=False)
+        self.console.print(f"{doing}: done in {time.perf_counter() - start:.1f} s", highlight=False)
 
 
 def check_options(options: Options) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 IMPORT_UNDER_WATCH = """
-import os, sys, threading
+import os, threading
 import torch, torch.distributed, torch.distributed.nn.functional, torch.distributed.device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +35,6 @@ def threads():
 before = threads()
 with Watch():
     import PACKAGE
-assert PACKAGE.__name__ in sys.modules
 print(Watch.seen, threads() == before)
 """
 
@@ -45,7 +44,7 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("package", ["seqpar_ref", "simulator", "simulator.draw", "seqpar_ref.huggingface"])
+@pytest.mark.parametrize("package", ["seqpar_ref, seqpar_ref.huggingface", "simulator, simulator.draw"])
 def test_importing_starts_no_thread_and_runs_no_tensor_operation(package):
     done = run(sys.executable, "-c", IMPORT_UNDER_WATCH.replace("PACKAGE", package))
     assert done.stdout == "[] True\n", done.stdout + done.stderr
