@@ -124,10 +124,10 @@ class DistributedAttention(nn.Module):
         if plan.query_heads(group.rank):
             key, value = (_uniform(tensor, plan, group.rank, layout) for tensor in (key, value))
             result = _checked(own(query, key, value), query, value, layout)
+            if not result.requires_grad:
+                result = _connected(result, query, *differentiable[3:])
         else:
-            result = value
-        if torch.is_grad_enabled() and (result is value or not result.requires_grad):
-            result = _connected(result, query, *differentiable[3:])
+            result = _connected(_nothing(query, key, value), *differentiable[3:])
         return heads_to_sequence(result, plan, group, layout=self.layout)
 
     def _bind(
@@ -258,14 +258,23 @@ def _checked(result: Tensor, query: Tensor, value: Tensor, layout: Layout) -> Te
     return result
 
 
-def _connected(result: Tensor, *others: Tensor) -> Tensor:
-    """The result with a gradient path to all others, zero along it.
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The result on a rank without heads: value's empty share.
 
-    On a rank without heads the result is value's empty share, which hangs on the exchange already. Tensors
-    that other ranks use get a zero gradient here. Where a local attention returned something detached, all
-    ranks still have to run the same backward collectives.
+    Like attention it depends on all three in derivatives of any order, so that this rank issues the same
+    collectives as the others in a double backward too.
+    """
+    return value * (query.sum() * key.sum()).exp()
+
+
+def _connected(result: Tensor, *others: Tensor) -> Tensor:
+    """The result with a path for gradients, all zero, to others that need one.
+
+    On a rank without heads these are what the local attention would have used: they get a gradient on every
+    rank. Where a local attention returned something detached, all ranks still have to run the same backward
+    collectives.
     """
     for other in others:
-        if other.requires_grad:
+        if torch.is_grad_enabled() and other.requires_grad:
             result = result + other.flatten()[:0].sum().to(result.dtype)
     return result
