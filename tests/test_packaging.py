@@ -40,7 +40,8 @@ print(Watch.seen, threads() == before)
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **environment}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment = {**inherited, **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
@@ -123,7 +124,7 @@ def test_each_make_target_starts_from_nothing(checkout, target, ends):
     assert any(" -m venv " in line for line in lines)
     assert installs and all("--constraint constraints.txt" in line for line in installs)
     assert installs[0].endswith(" torch"), "torch comes first and alone"
-    assert ends in lines[-1]
+    assert any(ends in line for line in lines)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
