@@ -215,10 +215,10 @@ def _cuts(
     for kind, dim in zip(heads, dims, strict=True):
         total = plan.heads if kind == "query" else plan.kv_heads
         held = plan.query_heads(rank) if kind == "query" else plan.kv_heads_of(rank)
-        first, end = (int(run[rank]) for run in plan.head_runs[kind])
+        sent = plan.head_runs[kind][rank]
         window = None
-        if range(first, end) != held:
-            window = (layout.heads, first - held.start, end - held.start)
+        if sent != held:
+            window = (layout.heads, sent.start - held.start, sent.stop - held.start)
         own_tokens = layout.shape(batch, len(plan.tokens_of(rank)), total, dim)
         own_heads = layout.shape(batch, plan.tokens, len(held), dim)
         by_heads.append(Part(own_tokens, plan.head_runs[kind]))

@@ -18,12 +18,10 @@ import torch
 
 from .checks import integers, is_integer, no_type_check
 from .errors import PlanError
+from .runs import Runs
 
 Policy = Literal["auto", "balanced", "groups"]
 Heads = Literal["query", "kv", "kv once"]
-
-Runs = tuple[np.ndarray, np.ndarray]
-"""First index and end of what each rank has, two vectors by rank. Runs of kv heads may overlap."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +90,19 @@ class Plan:
     @cached_property
     def token_runs(self) -> Runs:
         """Every rank's tokens."""
-        return _runs(self.tokens_by_rank)
+        return Runs.of(self.tokens_by_rank)
 
     @cached_property
     def head_runs(self) -> dict[Heads, Runs]:
         """Every rank's heads: "query"; "kv", copies included; "kv once", those that no lower rank holds."""
-        first, end = _runs(self.heads_by_rank)
+        query = Runs.of(self.heads_by_rank)
         ratio = self.heads // self.kv_heads
-        kv_first = first // ratio
-        kv_end = np.where(end > first, -(-end // ratio), kv_first)
-        held_below = np.maximum.accumulate(np.concatenate([[0], kv_end[:-1]]))
-        once_first = np.maximum(kv_first, held_below)
-        once_end = np.maximum(kv_end, once_first)
-        return {"query": (first, end), "kv": (kv_first, kv_end), "kv once": (once_first, once_end)}
+        first = query.first // ratio
+        end = np.where(query.counts > 0, -(-query.end // ratio), first)
+        held_below = np.maximum.accumulate(np.concatenate([[0], end[:-1]]))
+        once_first = np.maximum(first, held_below)
+        once = Runs(once_first, np.maximum(end, once_first), self.kv_heads)
+        return {"query": query, "kv": Runs(first, end, self.kv_heads), "kv once": once}
 
     def vectors(self, heads: Heads = "query") -> np.ndarray:
         """Vectors, of one head and one token, that `sequence_to_heads` sends for each row of the batch.
@@ -120,8 +118,7 @@ class Plan:
         """
         if not isinstance(heads, str) or heads not in self.head_runs:
             raise PlanError(f"heads is {heads!r}.", 'Use "query", "kv" or "kv once".')
-        first, end = self.head_runs[heads]
-        matrix = np.outer(np.asarray(self.tokens_by_rank, dtype=np.int64), end - first)
+        matrix = np.outer(self.token_runs.counts, self.head_runs[heads].counts)
         np.fill_diagonal(matrix, 0)
         return matrix
 
@@ -173,8 +170,7 @@ class Plan:
     def _run(self, rank: int, runs: Runs) -> range:
         if not is_integer(rank) or not 0 <= rank < self.ranks:
             raise PlanError(f"there is no rank {rank!r} among {self.ranks}.", f"Use 0 to {self.ranks - 1}.")
-        first, end = runs
-        return range(int(first[rank]), int(end[rank]))
+        return runs[rank]
 
     def __str__(self) -> str:
         shown = list(range(self.ranks))
@@ -279,11 +275,6 @@ def _kv_heads(heads: int, kv_heads: int) -> int:
             f"Use a number of kv heads that divides {heads}: {', '.join(legal)}.",
         )
     return kv_heads
-
-
-def _runs(counts: tuple[int, ...]) -> Runs:
-    ends = np.cumsum(np.asarray(counts, dtype=np.int64))
-    return ends - np.asarray(counts, dtype=np.int64), ends
 
 
 def _describe(run: range) -> str:

@@ -28,11 +28,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .plan import Runs
 from .rows import sum_rows, write_rows
+from .runs import Runs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Part:
     """One tensor of a cut.
 
@@ -89,7 +89,7 @@ class Cut:
         self.dim = dim
         self.parts = parts
         self.device = device
-        pieces = np.stack([self._elements_by_rank(part) for part in parts])
+        pieces = np.stack([part.runs.counts * self._across(part) for part in parts])
         chunks = pieces.sum(axis=0)
         self.splits: list[int] = chunks.tolist()
         self.size = sum(self.splits)
@@ -97,7 +97,7 @@ class Cut:
         self.starts = (np.cumsum(chunks) - chunks) + (np.cumsum(pieces, axis=0) - pieces)  # by part and rank
         self.row = math.gcd(*(part.shape[3] for part in parts))
         self.in_order = len(parts) == 1 and self._is_in_order(parts[0])
-        self.even = all(self._is_even(part) for part in parts)
+        self.even = all(part.runs.even for part in parts)
 
     def pack(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...]) -> Float[Tensor, " size"]:
         """The buffer to send."""
@@ -140,22 +140,15 @@ class Cut:
         torch.index_select(rows, 0, positions.read, out=tensor.view(-1, self.row))
         return tensor
 
-    def _elements_by_rank(self, part: Part) -> np.ndarray:
-        first, end = part.runs
+    def _across(self, part: Part) -> int:
+        """Elements that travel for each index along the dim of the cut."""
         shape = part.travelling
-        return (end - first) * math.prod(shape[: self.dim] + shape[self.dim + 1 :])
+        return math.prod(shape[: self.dim] + shape[self.dim + 1 :])
 
     def _is_in_order(self, part: Part) -> bool:
         """Whether the cut leaves all elements where they are: one chunk only, or nothing before the dim."""
-        first, end = part.runs
-        each_once = part.window is None and int((end - first).sum()) == part.shape[self.dim]
-        return each_once and (self.ranks == 1 or math.prod(part.shape[: self.dim]) == 1)
-
-    def _is_even(self, part: Part) -> bool:
-        first, end = part.runs
-        length, left_over = divmod(part.shape[self.dim], self.ranks)
-        expected = np.arange(self.ranks) * length
-        return not left_over and np.array_equal(first, expected) and np.array_equal(end, expected + length)
+        alone = self.ranks == 1 or math.prod(part.shape[: self.dim]) == 1
+        return alone and part.runs.in_order and part.window is None
 
     def _by_rank(self, tensor: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, "ranks _ _ _ _"]:
         """For equal chunks: the tensor as a view with one piece for each rank."""
@@ -172,31 +165,38 @@ class Cut:
 
     @cached_property
     def _positions(self) -> list[Positions]:
-        return [self._positions_of(index) for index in range(len(self.parts))]
+        """For each part: where its pieces begin, by row and copy, plus where in its piece a row stands."""
+        all_positions, places = [], None
+        for index, part in enumerate(self.parts):
+            if index == 0 or part != self.parts[index - 1]:
+                places = self._places_in_pieces(part)
+            rank, place, present = places
+            address = self.starts[index][rank] // self.row + place
+            all_positions.append(self._to_positions(part, address, np.broadcast_to(present, address.shape)))
+        return all_positions
 
-    def _positions_of(self, index: int) -> Positions:
-        """Where the rows of one tensor stand in the buffer.
+    def _places_in_pieces(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each row and copy: the rank it goes to, its place in that rank's piece, whether there is such a
+        copy.
 
-        An address is the start of the piece plus the place inside it, by Horner's rule over the dims of the
-        tensor. All arrays have the tensor's dims (the vector counted in rows) and a last one for the copies.
+        The place follows from Horner's rule over the dims of the tensor. All arrays have these dims, the
+        vector counted in rows, and a last one for the copies.
         """
-        part, (first, end) = self.parts[index], self.parts[index].runs
-        holders = _along(_holders(first, end, part.shape[self.dim]), self.dim)
+        holders = _along(part.runs.holders, self.dim)
         present = holders >= 0
         rank = np.maximum(holders, 0)
-        address = np.zeros(1, dtype=np.int64)
+        place = np.zeros(1, dtype=np.int64)
         for dim, size in enumerate((*part.shape[:3], part.shape[3] // self.row)):
-            place = _along(np.arange(size)[:, None], dim)
+            index = _along(np.arange(size)[:, None], dim)
             if dim == self.dim:
-                address = address * (end - first)[rank] + (place - first[rank])
+                place = place * part.runs.counts[rank] + (index - part.runs.first[rank])
             elif part.window is not None and dim == part.window[0]:
-                _, window_first, window_end = part.window
-                address = address * (window_end - window_first) + (place - window_first)
-                present = present & (place >= window_first) & (place < window_end)
+                _, first, end = part.window
+                place = place * (end - first) + (index - first)
+                present = present & (index >= first) & (index < end)
             else:
-                address = address * size + place
-        address = address + self.starts[index][rank] // self.row
-        return self._to_positions(part, address, np.broadcast_to(present, address.shape))
+                place = place * size + index
+        return rank, place, present
 
     def _to_positions(self, part: Part, address: np.ndarray, present: np.ndarray) -> Positions:
         """From an address for each row and copy, and whether there is such a copy."""
@@ -208,19 +208,6 @@ class Cut:
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device)
-
-
-def _holders(first: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """The ranks whose run holds each index, in rank order: [length, copies], -1 where there are no more."""
-    counts = end - first
-    ranks = np.repeat(np.arange(len(counts)), counts)
-    held = np.arange(len(ranks)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-    order = np.argsort(held, kind="stable")
-    ranks, held = ranks[order], held[order]
-    copies = np.bincount(held, minlength=length)
-    table = np.full((length, max(1, copies.max(initial=0))), -1, dtype=np.int64)
-    table[held, np.arange(len(ranks)) - (np.cumsum(copies) - copies)[held]] = ranks
-    return table
 
 
 def _along(numbers: np.ndarray, dim: int) -> np.ndarray:

@@ -148,15 +148,14 @@ def test_bytes_sent_are_the_plans(planned: bool) -> None:
 class Recorder(nn.Module):
     """A local attention that keeps the shapes it was given."""
 
-    def __init__(self, layout: str, merged: bool = False) -> None:
+    def __init__(self, layout: str) -> None:
         super().__init__()
-        self.layout, self.merged = layout, merged
+        self.layout = layout
         self.shapes: list[tuple[int, ...]] = []
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
         self.shapes += [tuple(tensor.shape) for tensor in (query, key, value)]
-        result = plain_attention(query, key, value, is_causal=is_causal, layout=self.layout)
-        return from_layout(result, self.layout).flatten(2) if self.merged else result
+        return plain_attention(query, key, value, is_causal=is_causal, layout=self.layout)
 
 
 @pytest.mark.parametrize("layout", AXES)
@@ -204,12 +203,11 @@ def test_a_share_that_is_not_uniform_is_expanded() -> None:
 def test_merged_heads_and_dim_are_accepted(layout: str) -> None:
     case = Case.make([3, 0, 2], 4, 2, layout=layout, value_dim=3)
 
+    def merged(*qkv: Tensor) -> Tensor:
+        result = plain_attention(*qkv, layout=layout)
+        return result.transpose(1, 2).flatten(2) if layout == "b h s d" else result.flatten(2)
+
     def body() -> list[Tensor]:
-        recorder = Recorder(layout, merged=True)
-        if layout == "s b h d":
-            merged = lambda *qkv: plain_attention(*qkv, layout=layout).flatten(2)  # noqa: E731
-        else:
-            merged = recorder
         inputs = shards(case)
         output = DistributedAttention(merged, layout=layout, plan=plan_of(case))(*inputs)
         output.backward(case.shard(case.gradient, dist.get_rank()))

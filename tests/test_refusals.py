@@ -175,7 +175,6 @@ def attend(
     return DistributedAttention(plan=plan)(query, key, value, *args, **kwargs)
 
 
-MESH_ERROR = "2 axes"
 ON_ONE_RANK: dict[str, Refusal] = {
     "query no tensor": (lambda: attend(query=None), errors.TensorError, "query is a NoneType"),
     "integers": (lambda: attend(X.int()), errors.TensorError, "torch.int32"),
