@@ -165,19 +165,15 @@ class Cut:
 
     @cached_property
     def _positions(self) -> list[Positions]:
-        """For each part: where its pieces begin, by row and copy, plus where in its piece a row stands."""
-        all_positions, places = [], None
-        for index, part in enumerate(self.parts):
-            if index == 0 or part != self.parts[index - 1]:
-                places = self._places_in_pieces(part)
-            rank, place, present = places
-            address = self.starts[index][rank] // self.row + place
-            all_positions.append(self._to_positions(part, address, np.broadcast_to(present, address.shape)))
-        return all_positions
+        """For each tensor: where its pieces begin, plus where in its piece each row stands."""
+        places = {part: self._places_in_pieces(part) for part in self.parts}  # k and v are alike
+        return [
+            self._to_positions(part, starts // self.row, *places[part])
+            for part, starts in zip(self.parts, self.starts, strict=True)
+        ]
 
     def _places_in_pieces(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each row and copy: the rank it goes to, its place in that rank's piece, whether there is such a
-        copy.
+        """For each row and copy: its rank, its place in that rank's piece, and whether there is such a copy.
 
         The place follows from Horner's rule over the dims of the tensor. All arrays have these dims, the
         vector counted in rows, and a last one for the copies.
@@ -198,12 +194,15 @@ class Cut:
                 place = place * size + index
         return rank, place, present
 
-    def _to_positions(self, part: Part, address: np.ndarray, present: np.ndarray) -> Positions:
-        """From an address for each row and copy, and whether there is such a copy."""
+    def _to_positions(
+        self, part: Part, starts: np.ndarray, rank: np.ndarray, place: np.ndarray, present: np.ndarray
+    ) -> Positions:
+        address = starts[rank] + place
+        present = np.broadcast_to(present, address.shape)
         copies = present.sum(axis=-1).reshape(-1)
-        read = self._to_tensor(address[present])
         bags = None if (copies == 1).all() else self._to_tensor(np.cumsum(copies) - copies)
         written = self._to_tensor(np.where(present, address, address[..., :1]))
+        read = written.view(-1) if present.all() else self._to_tensor(address[present])
         return Positions(part.narrow(written), read, bags)
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
