@@ -44,7 +44,6 @@ def demo(
         ranks = int(os.environ.get("WORLD_SIZE", "4"))
     if first:
         print("importing torch ...", flush=True)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the demo says itself what it is doing
     from rich.console import Console
 
     from . import demo as demo_module

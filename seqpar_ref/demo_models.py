@@ -5,7 +5,9 @@ Both turn token ids and position ids into hidden states, and hidden states into 
 object can serve every virtual rank.
 """
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -133,13 +135,13 @@ def smollm2_file() -> Path:
 def read_smollm2(file: Path, text: str) -> tuple[SmolLM2, Int[Tensor, "1 seq"]]:
     """The model in float32, and the text as token ids by the tokenizer in the same file. Takes about 20 s."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    token_ids = tokenizer(text, return_tensors="pt").input_ids
-    module = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # progress bars, and that the text is long; errors still raise
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        token_ids = tokenizer(text, return_tensors="pt").input_ids
+        module = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     return SmolLM2(module), token_ids
 
 
