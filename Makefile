@@ -15,6 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt
 
 .PHONY: demo test lint docs clean
+.NOTPARALLEL: # one virtual environment, one installation at a time
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo

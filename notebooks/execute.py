@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
@@ -20,8 +19,9 @@ PAGES = FOLDER.parent / "docs" / "notebooks"
 def executed(source: Path) -> nbformat.NotebookNode:
     """The notebook of a py:percent file, run from the top in a fresh kernel. Nothing in it depends on the hour."""
     notebook = jupytext.read(source)
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    client = NotebookClient(notebook, km=kernel, timeout=120, record_timing=False, coalesce_streams=True)
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=120, record_timing=False, coalesce_streams=True
+    )
     client.execute(cwd=str(FOLDER.parent))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
