@@ -77,8 +77,10 @@ def check_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **others: Any,
-) -> None:
-    """The mask function to register. Returns None, which means causal, and refuses everything else.
+) -> Tensor | None:
+    """The mask function to register: what the layers get for a mask.
+
+    A model asks for a windowed mask as soon as some layer may use it, so that refusal is left to the layer.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset: as transformers passes them, on this rank.
@@ -86,27 +88,31 @@ def check_mask(
         attention_mask: the caller's padding mask, 1 or True for a token and 0 or False for padding.
         local_size: the length of a sliding window or chunk.
 
+    Returns:
+        None for causal attention, or an empty tensor of shape (0, 0, 0, window), which `check_call` refuses.
+
     Raises:
-        PaddingError, SlidingWindowError, PositionIdsError, FilledCacheError, NotCausalError, CustomMaskError.
+        PaddingError, PositionIdsError, FilledCacheError, NotCausalError, CustomMaskError.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     if attention_mask is not None:
         _check_padding(attention_mask, q_length)
     names = _names_inside(mask_function)
-    if local_size is not None or any("sliding_window" in name or "chunk" in name for name in names):
-        raise _sliding_window(local_size)
     if any("packed_sequence" in name for name in names):
         raise PositionIdsError(
             "position ids restart or jump inside this rank's shard: several documents are packed in a row.",
             "Give each row one document, and position_ids that count on over all ranks.",
         )
+    if local_size is not None or any("sliding_window" in name or "chunk" in name for name in names):
+        return torch.empty(0, 0, 0, local_size or 0, dtype=torch.bool)
     if mask_function is bidirectional_mask_function:
         raise _not_causal()
     if mask_function is not None and mask_function is not causal_mask_function:
         raise _custom_mask(f"the mask function {getattr(mask_function, '__qualname__', mask_function)}")
     if kv_length != q_length or int(q_offset) or int(kv_offset):
         raise _filled_cache(kv_length, q_length)
+    return None
 
 
 def check_call(
@@ -131,6 +137,9 @@ def check_call(
         CustomMaskError, NotCausalError, DropoutError, FilledCacheError, SlidingWindowError, SoftcapError,
         SinksError, UnknownArgumentError.
     """
+    _check_others(others)
+    if mask is not None and mask.shape[0] == 0:
+        raise _sliding_window(mask.shape[-1])
     if mask is not None:
         raise _custom_mask(f"a mask of shape {tuple(mask.shape)}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -139,7 +148,6 @@ def check_call(
         raise DropoutError(f"dropout in attention is {dropout}.", "Set the model's attention_dropout to 0.")
     if keys != queries:
         raise _filled_cache(keys, queries)
-    _check_others(others)
 
 
 def _check_padding(attention_mask: Tensor, tokens: int) -> None:
@@ -159,8 +167,6 @@ def _check_padding(attention_mask: Tensor, tokens: int) -> None:
 def _check_others(others: dict[str, Any]) -> None:
     """Refuse every further argument that may change the result; None and False say that it is not used."""
     used = {name: value for name, value in others.items() if value is not None and value is not False}
-    if "sliding_window" in used:
-        raise _sliding_window(used["sliding_window"])
     if "softcap" in used:
         raise SoftcapError(
             f"this layer caps its scores at {used['softcap']} (softcap), which is not supported.",
@@ -169,6 +175,8 @@ def _check_others(others: dict[str, Any]) -> None:
     for name in ("s_aux", "sinks"):
         if name in used:
             raise SinksError(f"this layer has attention sinks ({name}).", "Use a model without sinks.")
+    if "sliding_window" in used:
+        raise _sliding_window(used["sliding_window"])
     unknown = sorted(used.keys() - WITHOUT_EFFECT)
     if unknown:
         raise UnknownArgumentError(

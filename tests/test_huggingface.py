@@ -275,6 +275,45 @@ def test_a_sliding_window_is_refused():
     assert len(VirtualWorld(4).run(run_forward, model, {})) == 4
 
 
+def tiny_gemma(**options) -> transformers.Gemma3ForCausalLM:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=31, hidden_size=48, intermediate_size=40, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, **options,
+    )  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config).double()
+
+
+def test_a_model_that_may_have_windows_is_refused_only_where_a_layer_has_one():
+    full = ["full_attention"] * 2
+    model = tiny_gemma(layer_types=full)
+    one_device = model(token_ids(), use_cache=False).logits
+    logits = VirtualWorld(4).run(run_forward, registered(model), {})
+    torch.testing.assert_close(torch.cat(logits, dim=1), one_device, rtol=0, atol=1e-12)
+    with pytest.raises(refusals.SlidingWindowError):
+        VirtualWorld(4).run(
+            run_forward, registered(tiny_gemma(layer_types=[*full[1:], "sliding_attention"])), {}
+        )
+
+
+def test_the_softcap_of_gemma2_is_refused():
+    config = transformers.Gemma2Config(
+        vocab_size=31, hidden_size=48, intermediate_size=40, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, attn_logit_softcapping=30.0,
+    )  # fmt: skip
+    with pytest.raises(refusals.SoftcapError, match=r"30\.0"):
+        VirtualWorld(4).run(run_forward, registered(transformers.Gemma2ForCausalLM(config).double()), {})
+
+
+def test_the_sinks_of_gpt_oss_are_refused():
+    config = transformers.GptOssConfig(
+        vocab_size=31, hidden_size=48, intermediate_size=40, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=6, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    with pytest.raises(refusals.SinksError):
+        VirtualWorld(4).run(run_forward, registered(transformers.GptOssForCausalLM(config)), {})
+
+
 REFUSED_LAYERS = {
     "softcap": ({"softcap": 30.0}, refusals.SoftcapError, "30.0"),
     "sinks": ({"s_aux": torch.zeros(6)}, refusals.SinksError, "s_aux"),
@@ -304,8 +343,10 @@ def test_custom_mask_functions_are_refused():
     from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
 
     window = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int))
-    with pytest.raises(refusals.SlidingWindowError):
-        refusals.check_mask(1, 4, 4, mask_function=window)
+    empty = refusals.check_mask(1, 4, 4, mask_function=window, local_size=3)
+    assert empty.shape == (0, 0, 0, 3)
+    with pytest.raises(refusals.SlidingWindowError, match="3 tokens"):
+        refusals.check_call(torch.nn.Identity(), 4, 4, empty, True, 0.0, {})
     with pytest.raises(refusals.CustomMaskError):
         refusals.check_mask(1, 4, 4, mask_function=and_masks(causal_mask_function, causal_mask_function))
     with pytest.raises(refusals.FilledCacheError):
