@@ -27,7 +27,7 @@ def no_type_check(checked: Checked) -> Checked:
 
 def is_integer(value: object) -> bool:
     """Whether it is an integer, of Python or numpy; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 @no_type_check

@@ -22,7 +22,7 @@ def _sum_rows(buffer: Tensor, read: Tensor, bags: Tensor) -> Tensor:
     # On a CPU the fast kernel for bfloat16 rounds ties up instead of to even. It stands back where some row
     # is excluded from all sums.
     rounds_ties_up = buffer.dtype == torch.bfloat16 and buffer.device.type == "cpu"
-    excluded = len(buffer) - 1 if rounds_ties_up else -1
+    excluded = len(buffer) - 1 if rounds_ties_up else None
     return torch.embedding_bag(buffer, read, bags, False, 0, False, None, False, excluded)[0]
 
 

@@ -92,7 +92,7 @@ class Cut:
         pieces = np.stack([part.runs.counts * self._across(part) for part in parts])
         chunks = pieces.sum(axis=0)
         self.splits: list[int] = chunks.tolist()
-        self.size = sum(self.splits)
+        self.size = int(chunks.sum())
         self.ranks = len(self.splits)
         self.starts = (np.cumsum(chunks) - chunks) + (np.cumsum(pieces, axis=0) - pieces)  # by part and rank
         self.row = math.gcd(*(part.shape[3] for part in parts))
