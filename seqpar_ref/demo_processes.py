@@ -16,7 +16,17 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .demo import Options, Steps, compare, plan_for, read_inputs, read_on_one_device, read_own_part, report
+from .demo import (
+    DemoFailedError,
+    Options,
+    Steps,
+    compare,
+    plan_for,
+    read_inputs,
+    read_on_one_device,
+    read_own_part,
+    report,
+)
 from .demo_models import LanguageModel, SmolLM2, Tiny
 from .errors import ArgumentError, SeqparError
 
@@ -133,7 +143,10 @@ def _read_and_report(options: Options, steps: Steps, device: torch.device) -> No
     if rank == 0:
         uncounted = set().union(*(names for _, _, names in everyone))
         if uncounted:
-            raise RuntimeError(f"collectives were issued that the plan does not know: {sorted(uncounted)}")
+            raise DemoFailedError(
+                f"collectives ran that the plan does not know: {', '.join(sorted(uncounted))}.",
+                "This is a defect of seqpar: please report it with the command you ran.",
+            )
         sent = np.stack([by_receiver for _, by_receiver, _ in everyone])
         report(options, steps.console, model, plan, sent, [row for row, _, _ in everyone])
 
