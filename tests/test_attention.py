@@ -522,6 +522,25 @@ def test_checkpoint(launch: Any, reentrant: bool) -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
 
 
+def checkpointed_without_saving(tokens: list[int]) -> list[Tensor]:
+    """A linear local attention saves nothing for its backward; a rank without heads saves its empty share."""
+    case = Case.make(tokens, 2, 2)
+    inputs = shards(case)
+    module = DistributedAttention(lambda query, key, value: value * 2)
+    checkpoint(module, *inputs, use_reentrant=False).backward(case.shard(case.gradient, dist.get_rank()))
+    return [tensor.grad for tensor in inputs if tensor.grad is not None]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("launch", [on_virtual, on_gloo])
+def test_checkpoint_recomputes_at_the_same_collective(launch: Any) -> None:
+    """Each exchange saves a tensor and asks for it before it communicates; else rank 2 recomputes alone."""
+    tokens = [3, 1, 2, 0]
+    case = Case.make(tokens, 2, 2)
+    results = launch(checkpointed_without_saving, 4, tokens)
+    assert torch.equal(case.gather([gradients[2] for gradients in results]), 2 * case.gradient)
+
+
 def test_the_module_holds_no_state() -> None:
     module = DistributedAttention(layout="s b h d")
     before = copy.copy(module.__dict__)
