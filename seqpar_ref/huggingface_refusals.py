@@ -92,7 +92,8 @@ def check_mask(
         None for causal attention, or an empty tensor of shape (0, 0, 0, window), which `check_call` refuses.
 
     Raises:
-        PaddingError, PositionIdsError, FilledCacheError, NotCausalError, CustomMaskError.
+        PaddingError, PositionIdsError, FilledCacheError, NotCausalError, CustomMaskError: the model asks for
+            something else than causal attention over this call's tokens.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -134,8 +135,8 @@ def check_call(
         others: every further argument; None and False say that an option is not used.
 
     Raises:
-        CustomMaskError, NotCausalError, DropoutError, FilledCacheError, SlidingWindowError, SoftcapError,
-        SinksError, UnknownArgumentError.
+        SoftcapError, SinksError, SlidingWindowError, UnknownArgumentError, CustomMaskError, NotCausalError,
+            DropoutError, FilledCacheError: as their names say.
     """
     _check_others(others)
     if mask is not None and mask.shape[0] == 0:

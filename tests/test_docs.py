@@ -44,7 +44,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
-        [mkdocs, "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [mkdocs, "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
