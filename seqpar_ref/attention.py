@@ -111,48 +111,29 @@ class DistributedAttention(nn.Module):
         _check_shards(query, key, value, layout)
         group = group_of(self.group)
         query, key, value = _autocast(query, key, value)
-        local = self._bind(args, kwargs, query, layout)
-        differentiable = [query, key, value, *self._other_tensors(args, kwargs)]
+        local = self.local_attention
+        if local is None:
+            args, kwargs = (), _options(query, layout, args, kwargs)
+            local = partial(fused_attention, layout=self.layout)
+        others = list(self._other_tensors(args, kwargs))
         if self.plan is None:
-            plan = agree(group, _record(query, key, value, layout, differentiable), query.device)
+            plan = agree(group, _record(query, key, value, layout, others), query.device)
         else:
             plan = self.plan
             check_size(group, plan.ranks)
             _check_plan(query, key, layout, plan, group)
-        own = local(plan, group.rank)
+        if self.local_attention is None and "attn_mask" in kwargs:
+            kwargs["attn_mask"] = own_heads_of_mask(kwargs["attn_mask"], plan, group.rank)
+
         query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout)
         if plan.query_heads(group.rank):
             key, value = (_uniform(tensor, plan, group.rank, layout) for tensor in (key, value))
-            result = _checked(own(query, key, value), query, value, layout)
+            result = _checked(local(query, key, value, *args, **kwargs), query, value, layout)
             if not result.requires_grad:
-                result = _connected(result, query, *differentiable[3:])
+                result = _connected(result, query, *others)
         else:
-            result = _connected(_nothing(query, key, value), *differentiable[3:])
+            result = _connected(_nothing(query, key, value), *others)
         return heads_to_sequence(result, plan, group, layout=self.layout)
-
-    def _bind(
-        self, args: Any, kwargs: Any, query: Tensor, layout: Layout
-    ) -> Callable[[Plan, int], Callable[..., Tensor]]:
-        """From plan and rank to the local attention with its arguments. The default's are checked here."""
-        if self.local_attention is not None:
-            local = self.local_attention
-            return lambda plan, rank: lambda *qkv: local(*qkv, *args, **kwargs)
-        try:
-            options = fused_options(query, layout, *args, **kwargs)
-        except TypeError as error:
-            message = str(error).removeprefix("fused_options() ")
-            raise ArgumentError(
-                f"the default local attention {message}.",
-                "It takes attn_mask, dropout_p, is_causal, scale and enable_gqa.",
-            ) from None
-
-        def bind(plan: Plan, rank: int) -> Callable[..., Tensor]:
-            own = dict(options, layout=self.layout)
-            if "attn_mask" in own:
-                own["attn_mask"] = own_heads_of_mask(own["attn_mask"], plan, rank)
-            return partial(fused_attention, **own)
-
-        return bind
 
     def _other_tensors(self, args: Any, kwargs: Any) -> Iterator[Tensor]:
         """What else needs a gradient: parameters of the local attention, tensors among its arguments."""
@@ -206,10 +187,22 @@ def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
     return iter(tensors)
 
 
-def _record(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, differentiable: list[Tensor]
-) -> Record:
-    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+def _options(query: Tensor, layout: Layout, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The default local attention's arguments, checked, all as keyword arguments."""
+    try:
+        return fused_options(query, layout, *args, **kwargs)
+    except TypeError as error:
+        message = str(error).removeprefix("fused_options() ")
+        raise ArgumentError(
+            f"the default local attention {message}.",
+            "It takes attn_mask, dropout_p, is_causal, scale and enable_gqa.",
+        ) from None
+
+
+def _record(query: Tensor, key: Tensor, value: Tensor, layout: Layout, others: list[Tensor]) -> Record:
+    gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (query, key, value, *others)
+    )
     return Record(
         tokens=query.shape[layout.sequence],
         query_heads=query.shape[layout.heads],

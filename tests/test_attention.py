@@ -199,6 +199,33 @@ def test_a_share_that_is_not_uniform_is_expanded() -> None:
     assert error(case, [tensors for _, tensors in results]) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_expanded_share_sums_half_gradients_in_float32(dtype: torch.dtype) -> None:
+    """Kv heads 0 | 1 | 2 serve query heads 0-2 | 3-5 | 6-8; rank 0 has 0-4, rank 1 has 5-8."""
+    case = Case.make([5, 4], 9, 3, dtype=dtype)
+    plan = make_plan(ranks=2, heads=9, kv_heads=3, tokens=case.tokens, policy="balanced")
+
+    def body() -> Tensor | None:
+        inputs = shards(case)
+        module = DistributedAttention(lambda query, key, value: value.clone(), plan=plan)
+        module(*inputs).backward(case.shard(case.gradient, dist.get_rank()))
+        return inputs[2].grad
+
+    def rounded_sum(*terms: Tensor) -> Tensor:
+        total = terms[0].float()
+        for term in terms[1:]:
+            total = total + term.float()
+        return total.to(dtype)
+
+    by_head = case.gradient.unbind(dim=2)
+    right = [
+        rounded_sum(*by_head[:3]),
+        rounded_sum(rounded_sum(*by_head[3:5]), by_head[5]),
+        rounded_sum(*by_head[6:]),
+    ]
+    assert torch.equal(case.gather(on_virtual(body, 2)), torch.stack(right, dim=2))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("layout", AXES)
 def test_merged_heads_and_dim_are_accepted(layout: str) -> None:
     case = Case.make([3, 0, 2], 4, 2, layout=layout, value_dim=3)
