@@ -95,6 +95,12 @@ def test_equals_one_device(case: Case, planned: bool, mode: str) -> None:
     assert largest([output.detach(), *gradients], expected(case)) <= 1e-12
 
 
+def test_many_ranks() -> None:
+    """64 ranks with one token each, and 67 heads."""
+    case = Case.make([1] * 64, 67, 67, batch=1, dim=4, causal=True)
+    assert error(case, on_virtual(forward_and_backward, 64, case, True)) <= 1e-12
+
+
 def test_a_swapped_head_is_far_outside_the_tolerance() -> None:
     case = Case.make([3, 2], 4, 2)
     right = expected(case)[0]
