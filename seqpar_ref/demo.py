@@ -5,9 +5,6 @@ logits are compared with those of one device, and the bytes that each rank sent 
 """
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +24,7 @@ from simulator.draw import draw_exchange
 from .demo_models import LanguageModel, read_smollm2, read_tiny, smollm2_file
 from .errors import ArgumentError, SeqparError
 from .plan import Plan, make_plan
+from .progress import Steps
 
 POSITIONS = 8192  # that SmolLM2 was trained for; the tiny model keeps to them as well
 CHUNK = 512  # tokens whose logits are compared at a time: 100 MB of SmolLM2's
@@ -58,25 +56,6 @@ class Comparison:
     bitwise_equal: bool
     same_next_token: int  # tokens after which both find the same next token most likely
     right_next_token: int  # tokens after which that is the one in the text
-
-
-class Steps:
-    """Says what is being done and how long it took: a spinner on a terminal, lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    @contextmanager
-    def step(self, doing: str) -> Iterator[None]:
-        """Show `doing` while the body of the with statement runs, and its seconds afterwards."""
-        start = time.perf_counter()
-        if self.console.is_terminal:
-            with self.console.status(f"{doing} ..."):
-                yield
-        else:
-            self.console.print(f"{doing} ...")
-            yield
-        self.console.print(f"{doing}: done in {time.perf_counter() - start:.1f} s", highlight=False)
 
 
 def check_options(options: Options) -> None:

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .demo import (
     DemoFailedError,
     Options,
-    Steps,
     compare,
     plan_for,
     read_inputs,
@@ -29,6 +28,7 @@ from .demo import (
 )
 from .demo_models import LanguageModel, SmolLM2, Tiny
 from .errors import ArgumentError, SeqparError
+from .progress import Steps
 
 TIMEOUT = timedelta(minutes=10)
 
