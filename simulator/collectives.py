@@ -38,7 +38,7 @@ def all_to_all(tensors: Sequence[Tensor], splits: Splits | None = None) -> list[
     Raises:
         CollectiveMismatchError: a row of `splits` does not sum to the rows of its tensor, or the tensors differ.
 
-    Example:
+    Examples:
         >>> a, b = torch.tensor([0, 1, 2]), torch.tensor([10, 11])
         >>> all_to_all([a, b], splits=[[1, 2], [2, 0]])
         [tensor([ 0, 10, 11]), tensor([1, 2])]

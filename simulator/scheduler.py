@@ -77,6 +77,7 @@ class Scheduler:
         for rank, thread in self._threads.items():
             if rank not in self._parked:
                 thread.join()
+        del self._body, self._context  # they hold what the ranks got and returned
         if self.failure is not None:
             raise self.failure
 

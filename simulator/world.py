@@ -43,7 +43,7 @@ class VirtualWorld:
     Raises:
         WorldError: size is no positive integer, or autograd or seed is not one of the above.
 
-    Example:
+    Examples:
         >>> def body():
         ...     x = torch.tensor([dist.get_rank()])
         ...     dist.all_reduce(x)

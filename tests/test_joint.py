@@ -166,7 +166,9 @@ def test_a_tensor_with_a_history_gets_its_gradient_once():
         return layer(given) * (dist.get_rank() + 1) + captured
 
     results = VirtualWorld(2, autograd="joint").run(body, hidden)
-    ours = torch.autograd.grad(sum((r * r).sum() for r in results), [hidden, layer.weight, x], retain_graph=True)
+    ours = torch.autograd.grad(
+        sum((r * r).sum() for r in results), [hidden, layer.weight, x], retain_graph=True
+    )
     plain = [layer(hidden) * (rank + 1) + captured for rank in range(2)]
     expected = torch.autograd.grad(sum((r * r).sum() for r in plain), [hidden, layer.weight, x])
     assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(ours, expected, strict=True))

@@ -1,6 +1,6 @@
-"""A torchrun script: runs test bodies on its gloo processes, and compares each rank with the same rank in a VirtualWorld.
+"""A torchrun script: runs test bodies on gloo processes, and compares each with the same rank of a VirtualWorld.
 
-    torchrun --nproc-per-node 4 tests/under_torchrun.py
+torchrun --nproc-per-node 4 tests/under_torchrun.py
 """
 
 import os
@@ -42,7 +42,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cases = [(all_bodies, (torch.float32,))]
-    cases += [(attention, (planned, layout)) for planned in (True, False) for layout in ("b s h d", "s b h d")]
+    cases += [
+        (attention, (planned, layout)) for planned in (True, False) for layout in ("b s h d", "s b h d")
+    ]
     for body, arguments in cases:
         torch.manual_seed(0)
         real = body(*arguments)
