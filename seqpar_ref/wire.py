@@ -198,12 +198,14 @@ class Cut:
         self, part: Part, starts: np.ndarray, rank: np.ndarray, place: np.ndarray, present: np.ndarray
     ) -> Positions:
         address = starts[rank] + place
+        if address.shape[-1] == 1 and present.all():
+            written = self._to_tensor(address)
+            return Positions(written, written.view(-1), None)
         present = np.broadcast_to(present, address.shape)
         copies = present.sum(axis=-1).reshape(-1)
         bags = None if (copies == 1).all() else self._to_tensor(np.cumsum(copies) - copies)
         written = self._to_tensor(np.where(present, address, address[..., :1]))
-        read = written.view(-1) if present.all() else self._to_tensor(address[present])
-        return Positions(part.narrow(written), read, bags)
+        return Positions(part.narrow(written), self._to_tensor(address[present]), bags)
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device)
