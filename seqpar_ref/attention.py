@@ -182,7 +182,8 @@ def _check_plan(query: Tensor, key: Tensor, layout: Layout, plan: Plan, group: G
 def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
     """Under autocast, what the local attention would make of its inputs, made before they travel."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and tensors[0].dtype != torch.float64:
         return (tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
     return iter(tensors)
 
