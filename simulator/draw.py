@@ -145,6 +145,9 @@ def _draw_after(panel: Axes, kind: str, ranges: Sequence[range], tokens: int) ->
         _print(panel, colours[rank], str(rank), (left + right) / 2, tokens / 2, LABEL)
     panel.vlines(np.arange(1, heads) - 0.5, 0, tokens, color="white", linewidth=0.5)  # between heads
     title = f"after: each rank holds all tokens, some {kind}"
+    if idle := [str(rank) for rank, held in enumerate(ranges) if not held]:
+        shown = ", ".join(idle[:4]) + (", ..." if len(idle) > 4 else "")
+        title = f"after: all tokens, some {kind} (rank{'s' * (len(idle) > 1)} {shown}: none)"
     _label_axes(panel, title, kind.removesuffix("s"), heads, tokens)
 
 
