@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -144,9 +143,8 @@ class _RoutedRegistry:
         setattr(self._real if state is None else state.groups, name, value)
 
 
-_installing = threading.Lock()
-_installed: list[Callable[[], None]] = []
-_users = [0]
+_turn = threading.Lock()
+"""Held by the world that runs. Environment and random numbers are the process's, so worlds take turns."""
 
 
 @contextlib.contextmanager
@@ -155,26 +153,18 @@ def virtual_processes(
 ) -> Iterator[None]:
     """While this is open, rank threads have groups, environment and random numbers of their own.
 
-    Threads that are no ranks, and a real process group that they use, see no difference. Several worlds may be open
-    at once.
+    Threads that are no ranks, and a real process group that they use, see no difference. A world may run inside of a
+    rank of another one; worlds in two threads run one after the other.
     """
-    environment, generator = os.environ._data, torch.default_generator.get_state()  # type: ignore[attr-defined]
-    threads, excepthook = torch.get_num_threads(), sys.excepthook
-    with _installing:
-        if _users[0] == 0:
-            _install(new_group, rendezvous)
-        _users[0] += 1
-    try:
+    inside = current() is not None
+    with contextlib.nullcontext() if inside else _turn, contextlib.ExitStack() as undo:
+        undo.callback(setattr, sys, "excepthook", sys.excepthook)
+        undo.callback(torch.set_num_threads, torch.get_num_threads())
+        undo.callback(torch.default_generator.set_state, torch.default_generator.get_state())
+        undo.callback(_restore_environment, os.environ._data, states)  # type: ignore[attr-defined]
+        if not inside:
+            _route(undo, new_group, rendezvous)
         yield
-    finally:
-        with _installing:
-            _users[0] -= 1
-            if _users[0] == 0:
-                _uninstall()
-        _restore_environment(environment, states)
-        torch.default_generator.set_state(generator)
-        torch.set_num_threads(threads)
-        sys.excepthook = excepthook
 
 
 def _restore_environment(environment: dict[bytes, bytes], states: Sequence[ProcessState]) -> None:
@@ -187,23 +177,19 @@ def _restore_environment(environment: dict[bytes, bytes], states: Sequence[Proce
             os.unsetenv(name)
 
 
-def _install(new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> None:
+def _route(undo: contextlib.ExitStack, new_group: Callable[..., Any], rendezvous: Callable[..., Any]) -> None:
+    """Let torch find a rank's own groups from its thread, and make them there."""
     isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
     isolate(True)
-    _installed.append(partial(isolate, False))
+    undo.callback(isolate, False)
     replacements = {
         "_world": _RoutedRegistry(c10d._world),
         "_new_process_group_helper": _routed(c10d._new_process_group_helper, new_group),
         "rendezvous": _routed(c10d.rendezvous, rendezvous),
     }
     for name, replacement in replacements.items():
-        _installed.append(partial(setattr, c10d, name, getattr(c10d, name)))
+        undo.callback(setattr, c10d, name, getattr(c10d, name))
         setattr(c10d, name, replacement)
-
-
-def _uninstall() -> None:
-    while _installed:
-        _installed.pop()()
 
 
 def _routed(real: Callable[..., Any], virtual: Callable[..., Any]) -> Callable[..., Any]:

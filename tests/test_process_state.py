@@ -120,7 +120,7 @@ def test_a_real_process_group_goes_on_working():
     assert on_gloo(beside_a_real_group, 2) == [(3.0, [(3.0, "gloo")] * 3, 3.0, 2)] * 2
 
 
-def test_worlds_in_two_threads_and_in_one_another():
+def test_a_world_may_run_inside_of_another_ones_rank():
     inner = []
 
     def body():
@@ -131,6 +131,28 @@ def test_worlds_in_two_threads_and_in_one_another():
 
     assert VirtualWorld(3).run(body) == [3.0] * 3
     assert inner == [[10, 11]] * 3
+
+
+def test_worlds_in_two_threads_keep_their_environment_and_random_numbers():
+    def body(seed):
+        torch.manual_seed(seed + dist.get_rank())
+        seen = []
+        for _ in range(20):
+            dist.barrier()
+            seen.append((os.environ["RANK"], os.environ["WORLD_SIZE"], torch.rand(1).item()))
+        return seen
+
+    results = {}
+    sizes = (2, 3)
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: VirtualWorld(n).run(body, 10 * n)}))
+        for n in sizes
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: VirtualWorld(n).run(body, 10 * n) for n in sizes}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
