@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -10,19 +14,31 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import BufferError, UnsupportedTransformError
-from .matching import nbytes
+from .matching import nbytes, unobserved
+
+_TRANSFORMS = tuple(
+    str(Path(torch.__file__).parent / "_functorch" / name)
+    for name in ("eager_transforms.py", "vmap.py", "apis.py")
+)
+
+
+def check_transforms(kind: str) -> None:
+    """Refuse forward-mode AD and functorch, of which a collective would keep no trace."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in _TRANSFORMS:
+        frame = frame.f_back
+    if frame is not None:
+        raise UnsupportedTransformError(
+            f"{kind} is called inside a functorch transform (torch.func.grad, vmap, jvp, ...), whose derivative would "
+            "silently be zero.\n  Use torch.autograd.grad, or VirtualWorld(..., autograd='joint') with gradcheck."
+        )
+    if forward_ad._current_level >= 0:
+        raise UnsupportedTransformError(
+            f"{kind} is called under forward-mode AD, whose tangents would silently be lost.\n  Use reverse mode."
+        )
 
 
 def check_tensor(kind: str, tensor: Tensor) -> None:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise UnsupportedTransformError(
-            f"{kind} got a tensor inside a functorch transform (grad, vmap, jvp, ...), whose derivative would silently "
-            "be zero.\n  Use torch.autograd.grad, or VirtualWorld(..., autograd='joint') with gradcheck."
-        )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise UnsupportedTransformError(
-            f"{kind} got a tensor with a forward-mode tangent, which would silently be lost.\n  Use reverse mode."
-        )
     if tensor.is_sparse or tensor.layout != torch.strided:
         raise BufferError(f"{kind} got a tensor of layout {tensor.layout}.\n  Pass dense tensors.")
     if not tensor.is_contiguous():
@@ -46,6 +62,26 @@ def check_overlap(kind: str, many: Sequence[Tensor], one: Tensor, own: Tensor | 
         if shared := overlap(one, tensor):
             raise BufferError(
                 f"{kind}: an input and an output overlap in {shared} bytes.\n  Give the output memory of its own."
+            )
+
+
+def check_disjoint(kind: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse outputs that share memory with each other."""
+    ranges = sorted(_bytes_of(tensor) for tensor in tensors if tensor.numel())
+    for (_, end), (following, _) in itertools.pairwise(ranges):
+        if following < end:
+            raise BufferError(
+                f"{kind}: two outputs overlap in {end - following} bytes or more.\n  Give each memory of its own."
+            )
+
+
+def check_dtypes(kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Refuse an output of another dtype than what it receives."""
+    paired = inputs if len(inputs) == len(outputs) else [*inputs[:1]] * len(outputs)
+    for tensor, output in zip(paired, outputs, strict=False):
+        if tensor.dtype != output.dtype:
+            raise BufferError(
+                f"{kind}: an input has dtype {tensor.dtype}, its output {output.dtype}.\n  Give both the same dtype."
             )
 
 
@@ -88,14 +124,21 @@ def rows_by_rank(name: str, tensor: Tensor, splits: Sequence[int] | None, size: 
     return sizes
 
 
-def poison(outputs: Sequence[Tensor]) -> None:
-    """Fill the outputs of an asynchronous call with what cannot be mistaken for data, until `wait()`."""
-    for output in outputs:
-        tensor = output.detach()
-        if tensor.is_floating_point() or tensor.is_complex():
-            tensor.fill_(float("nan"))
-        elif tensor.dtype == torch.bool:
-            tensor.logical_not_()
-        else:
-            limits = torch.iinfo(tensor.dtype)
-            tensor.fill_(limits.min or limits.max)
+def poison(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Fill the outputs of an asynchronous call with what cannot be mistaken for data, until `wait()`.
+
+    Returns:
+        The inputs; those that share memory with an output as copies made before.
+    """
+    with unobserved():
+        inputs = [x.detach().clone() if any(overlap(x, output) for output in outputs) else x for x in inputs]
+        for output in outputs:
+            tensor = output.detach()
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            else:
+                limits = torch.iinfo(tensor.dtype)
+                tensor.fill_(limits.min or limits.max)
+    return inputs

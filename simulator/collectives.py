@@ -44,6 +44,7 @@ def all_to_all(tensors: Sequence[Tensor], splits: Splits | None = None) -> list[
         [tensor([ 0, 10, 11]), tensor([1, 2])]
     """
     size = len(tensors)
+    tensors = _checked("all_to_all", tensors, rows=True)
     _check_alike("all_to_all", [(x.dtype, tuple(x.shape[1:])) for x in tensors])
     counts = _split_matrix([len(x) for x in tensors], splits)
     rest = tensors[0].shape[1:]
@@ -63,6 +64,7 @@ def all_gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         CollectiveMismatchError: the tensors differ in dtype or in a dim after the first.
     """
+    tensors = _checked("all_gather", tensors, rows=True)
     _check_alike("all_gather", [(x.dtype, tuple(x.shape[1:])) for x in tensors])
     return [torch.cat(tuple(tensors))] * len(tensors)
 
@@ -78,22 +80,26 @@ def reduce_scatter(tensors: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
         CollectiveMismatchError: shapes or dtypes differ, or dim 0 is not a multiple of P.
         UnsupportedOperationError: an `op` of another name.
     """
+    tensors = _checked("reduce_scatter", tensors, rows=True)
     return list(_equal_parts("reduce_scatter", reduce_tensors(tensors, op), len(tensors)))
 
 
 def all_reduce(tensors: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
     r"""Every rank gets the reduction of all ranks' tensors, $y_s = \bigoplus_r x_r$ (see `reduce_scatter` for `op`)."""
+    tensors = _checked("all_reduce", tensors)
     return [reduce_tensors(tensors, op)] * len(tensors)
 
 
 def reduce(tensors: Sequence[Tensor], root: int, op: str = "sum") -> list[Tensor]:
     r"""Rank `root` gets the reduction of all ranks' tensors; every other rank keeps its own."""
+    tensors = _checked("reduce", tensors)
     _check_root("reduce", root, len(tensors))
     return [reduce_tensors(tensors, op) if rank == root else x for rank, x in enumerate(tensors)]
 
 
 def broadcast(tensors: Sequence[Tensor], root: int) -> list[Tensor]:
     r"""Every rank gets the tensor of rank `root`, $y_s = x_{root}$; all ranks pass tensors of one shape and dtype."""
+    tensors = _checked("broadcast", tensors)
     _check_root("broadcast", root, len(tensors))
     _check_alike("broadcast", [(x.dtype, tuple(x.shape)) for x in tensors])
     return [tensors[root]] * len(tensors)
@@ -101,27 +107,36 @@ def broadcast(tensors: Sequence[Tensor], root: int) -> list[Tensor]:
 
 def gather(tensors: Sequence[Tensor], root: int) -> list[list[Tensor]]:
     r"""Rank `root` gets the list of all ranks' tensors; every other rank gets an empty list."""
+    tensors = _checked("gather", tensors)
     _check_root("gather", root, len(tensors))
+    _check_alike("gather", [(x.dtype, tuple(x.shape)) for x in tensors])
     return [list(tensors) if rank == root else [] for rank in range(len(tensors))]
 
 
 def scatter(parts: Sequence[Sequence[Tensor]], root: int) -> list[Tensor]:
     r"""Rank s gets the s-th tensor of the list that rank `root` passes; the lists of the other ranks are not read."""
     _check_root("scatter", root, len(parts))
-    if len(parts[root]) != len(parts):
+    own = _checked("scatter", parts[root])
+    if len(own) != len(parts):
         raise CollectiveMismatchError(
-            f"scatter: the root, rank {root}, passes {len(parts[root])} tensors for {len(parts)} ranks.\n"
+            f"scatter: the root, rank {root}, passes {len(own)} tensors for {len(parts)} ranks.\n"
             f"  Pass one tensor for each rank, {len(parts)} in all."
         )
-    return list(parts[root])
+    _check_alike("scatter", [(x.dtype, tuple(x.shape)) for x in own])
+    return own
 
 
 def reduce_tensors(tensors: Sequence[Tensor], op: str = "sum") -> Tensor:
     r"""$\bigoplus_r x_r$ in rank order, in the tensors' own dtype: what `all_reduce` gives to every rank."""
+    tensors = _checked("a reduction", tensors)
     _check_alike("a reduction", [(x.dtype, tuple(x.shape)) for x in tensors])
-    if op not in _REDUCTIONS:
+    if not isinstance(op, str) or op not in _REDUCTIONS:
         raise UnsupportedOperationError(
             f"virtual ranks have no reduction {op!r}.\n  Use one of {', '.join(_REDUCTIONS)}."
+        )
+    if op in ("band", "bor", "bxor") and (tensors[0].is_floating_point() or tensors[0].is_complex()):
+        raise UnsupportedOperationError(
+            f"{op} works on bits, and the tensors are {tensors[0].dtype}.\n  Use integers or bools."
         )
     total = fold(_REDUCTIONS[op], tensors)
     if op != "avg":
@@ -153,7 +168,7 @@ def _split_matrix(rows: list[int], splits: Splits | None) -> np.ndarray:
                 f"  Pass splits, or a multiple of {size} rows."
             )
         return np.repeat(np.asarray(rows, dtype=np.int64)[:, None] // size, size, axis=1)
-    counts = np.asarray(splits, dtype=np.int64)
+    counts = _integers(splits)
     if counts.shape != (size, size) or (counts < 0).any():
         raise CollectiveMismatchError(
             f"all_to_all: splits has shape {counts.shape} and smallest entry {counts.min(initial=0)}.\n"
@@ -186,16 +201,50 @@ def _equal_parts(name: str, tensor: Tensor, size: int) -> tuple[Tensor, ...]:
     return tensor.unflatten(0, (size, len(tensor) // size)).unbind()
 
 
-def _check_root(name: str, root: int, size: int) -> None:
-    if not 0 <= root < size:
+def _checked(name: str, tensors: Sequence[Tensor], rows: bool = False) -> list[Tensor]:
+    """One dense tensor for each rank, on one device; with dims where rows along dim 0 matter."""
+    if not isinstance(tensors, list | tuple) or not tensors:
+        found = "no ranks" if isinstance(tensors, list | tuple) else f"a {type(tensors).__name__}"
+        raise CollectiveMismatchError(f"{name}: {found}.\n  Pass a list with one tensor for each rank.")
+    for rank, tensor in enumerate(tensors):
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.device != tensors[0].device
+        ):
+            what = (
+                f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            )
+            raise CollectiveMismatchError(
+                f"{name}: rank {rank} has {what}.\n  Pass dense tensors, all on one device."
+            )
+        if rows and tensor.dim() == 0:
+            raise CollectiveMismatchError(
+                f"{name}: rank {rank} has a tensor without dims.\n  Give it rows along dim 0."
+            )
+    return list(tensors)
+
+
+def _integers(splits: Splits) -> np.ndarray:
+    try:
+        counts = np.asarray(splits)
+        if not np.issubdtype(counts.dtype, np.integer) and counts.size:
+            raise TypeError(f"its entries are {counts.dtype}")
+        return counts.astype(np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise CollectiveMismatchError(
-            f"{name}: root {root} of {size} ranks.\n  Pass a root from 0 to {size - 1}."
+            f"all_to_all: splits is no matrix of integers: {error}.\n  Pass one row of integers for each rank."
+        ) from error
+
+
+def _check_root(name: str, root: int, size: int) -> None:
+    if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < size:
+        raise CollectiveMismatchError(
+            f"{name}: root {root!r} of {size} ranks.\n  Pass a root from 0 to {size - 1}."
         )
 
 
 def _check_alike(name: str, facts: Sequence[object]) -> None:
-    if not facts:
-        raise CollectiveMismatchError(f"{name}: no ranks.\n  Pass one tensor for each rank.")
     for rank, fact in enumerate(facts):
         if fact != facts[0]:
             raise CollectiveMismatchError(

@@ -7,7 +7,6 @@ after the other. A ring or a tree moves the same total over other pairs. What a 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -94,12 +93,14 @@ def _check_lists(tensor_for: Callable[[Call, int], Tensor], buffer_from: Callabl
     """List forms: what rank r has for rank s must fit the buffer that s keeps for r."""
 
     def check(calls: list[Call]) -> None:
-        for receiver, sender in itertools.product(range(len(calls)), repeat=2):
-            tensor, buffer = tensor_for(calls[sender], receiver), buffer_from(calls[receiver], sender)
-            if tensor.shape != buffer.shape:
+        for receiver, call in enumerate(calls):
+            expected = [tensor_for(other, receiver).shape for other in calls]
+            found = [buffer_from(call, sender).shape for sender in range(len(calls))]
+            if found != expected:
+                sender = next(rank for rank in range(len(calls)) if found[rank] != expected[rank])
                 raise CollectiveMismatchError(
-                    f"group rank {sender} has {list(tensor.shape)} for group rank {receiver}, "
-                    f"whose buffer for it is {list(buffer.shape)}.\n  Make both the same shape."
+                    f"group rank {sender} has {list(expected[sender])} for group rank {receiver}, "
+                    f"whose buffer for it is {list(found[sender])}.\n  Make both the same shape."
                 )
 
     return check

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from .errors import UnsupportedTransformError
+from .errors import UnsupportedOperationError, UnsupportedTransformError
 
 if TYPE_CHECKING:
     from .world import Run
@@ -71,7 +71,9 @@ class StandIns:
 def run(world_run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Run `fn` on all ranks, and tie the tensors that it returns to the tensors that it got or captured."""
     flat, spec = pytree.tree_flatten((args, kwargs))
-    cut = [isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in flat]
+    cut = [
+        isinstance(x, Tensor) and x.requires_grad and (not x.is_leaf or bool(x._backward_hooks)) for x in flat
+    ]
     stand_ins = StandIns()
 
     def body(rank: int) -> Any:
@@ -106,6 +108,7 @@ def _tie(run: Run, values: Sequence[Sequence[Any]], stand_ins: StandIns) -> list
     """The values by rank, those with a gradient as outputs of one node over all that they were computed from."""
     outputs = [_unique(x for x in own if isinstance(x, Tensor) and x.requires_grad) for own in values]
     leaves = [_leaves(own) for own in outputs]
+    _refuse_hooks(leaf for own in leaves for leaf in own)
     inputs = _unique(stand_ins.behind(leaf) for own in leaves for leaf in own)
     number = {id(x): place for place, x in enumerate(inputs)}
     places = [[number[id(stand_ins.behind(leaf))] for leaf in own] for own in leaves]
@@ -154,14 +157,24 @@ class _Joint(torch.autograd.Function):
         return None, *(reduce(torch.add, share) if share else None for share in shares)
 
 
+def _refuse_hooks(leaves: Iterable[Tensor]) -> None:
+    """A hook of a captured leaf would run once on every rank, and once more outside."""
+    for leaf in leaves:
+        if leaf._backward_hooks:
+            raise UnsupportedOperationError(
+                f"a captured tensor of shape {list(leaf.shape)} has {len(leaf._backward_hooks)} hooks, which would see "
+                "each rank's gradient.\n  Pass it to run() as an argument, or take the hooks off."
+            )
+
+
 def _leaves(outputs: Tensors) -> list[Tensor]:
     """The leaf tensors that a graph begins with."""
     nodes = {x.grad_fn: None for x in outputs if x.grad_fn is not None}
     leaves, stack = [x for x in outputs if x.grad_fn is None], list(nodes)
     while stack:
         node = stack.pop()
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        if type(node).__name__ == "AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
         for below, _ in node.next_functions:
             if below is not None and below not in nodes:
                 nodes[below] = None

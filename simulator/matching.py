@@ -6,8 +6,10 @@ a `Channel` the group's sequence of meetings plus its sends and receives. A meet
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CollectiveMismatchError
 from .source_lines import Lines, lines_text
@@ -51,8 +54,9 @@ class Call:
 
     def land(self, received: Sequence[Tensor]) -> None:
         """Fill the outputs; a rank that is not the root of a reduce has none."""
-        for output, tensor in zip(self.outputs, received, strict=False):
-            output.detach().copy_(tensor.view(output.shape))
+        with unobserved():
+            for output, tensor in zip(self.outputs, received, strict=False):
+                output.detach().copy_(tensor.view(output.shape))
         self.landed = True
 
     def __str__(self) -> str:
@@ -99,17 +103,17 @@ class Meeting:
         calls = [self.calls[rank] for rank in range(len(self.channel.ranks))]
         try:
             collective.check(calls)
+            self._execute(calls, collective)
         except CollectiveMismatchError as error:
             self.channel.run.scheduler.suspect(partial(self._explain, str(error)))
             return
-        self._execute(calls, collective)
         self.channel.finished(self)
         for rank in self._waiting:
             self.channel.run.scheduler.ready(rank)
 
     def _execute(self, calls: list[Call], collective: Collective) -> None:
         self.channel.run.add_bytes(self.channel.ranks, collective.sent(calls))
-        with torch.no_grad():
+        with unobserved():
             for call, received in zip(calls, _snapshot(collective.execute(calls), calls), strict=True):
                 if call.deferred:
                     self._results[call.rank] = received
@@ -187,6 +191,16 @@ class Channel:
         scheduler.preempt(rank)
         return meeting
 
+    def unfinished(self) -> Iterator[str]:
+        """Each call that no other rank has answered, in words."""
+        for meeting in self._meetings.values():
+            for call in meeting.calls.values():
+                yield f"rank {self.ranks[call.rank]} called {call}, {meeting}, at {lines_text(call.where)}"
+        for queues in (self._sends, self._receives):
+            for message in itertools.chain.from_iterable(queues.values()):
+                call = message.call
+                yield f"rank {self.ranks[call.rank]} called {call}, {message}, at {lines_text(call.where)}"
+
     def finished(self, meeting: Meeting) -> None:
         """Forget a meeting that has executed; those who were there still hold it."""
         del self._meetings[meeting.number]
@@ -225,7 +239,7 @@ class Channel:
             self.run.scheduler.suspect(lambda: self._mismatched_message(send, receive))
             return
         source = send.call.inputs[0]
-        receive.peer, receive.content = send.call.rank, source.detach().clone()
+        receive.peer, receive.content = send.call.rank, source
         matrix = np.zeros((len(self.ranks),) * 2, dtype=np.int64)
         matrix[send.call.rank, receive.call.rank] = nbytes(source)
         np.fill_diagonal(matrix, 0)
@@ -284,6 +298,18 @@ def _snapshot(results: list[Sequence[Tensor]], calls: list[Call]) -> list[Sequen
         if id(row) not in copies:
             copies[id(row)] = [copy(tensor) for tensor in row]
     return [copies[id(row)] for row in results]
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """The network's work, not the rank's: no gradient, and no mode that the rank has entered sees it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch._C.DisableTorchFunction())
+        yield
 
 
 def nbytes(tensor: Tensor) -> int:

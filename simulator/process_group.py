@@ -19,11 +19,21 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from . import process_state
-from .buffers import check_count, check_overlap, check_tensor, overlap, part, poison, rows_by_rank
+from .buffers import (
+    check_count,
+    check_disjoint,
+    check_dtypes,
+    check_overlap,
+    check_tensor,
+    check_transforms,
+    part,
+    poison,
+    rows_by_rank,
+)
 from .errors import BufferError, StaleGroupError, UnsupportedOperationError
 from .executions import COLLECTIVES
-from .matching import Call, Channel, Message
-from .source_lines import program_lines
+from .matching import Call, Channel, Message, unobserved
+from .source_lines import Lines, program_lines
 from .work import AllOf, VirtualWork
 
 
@@ -34,6 +44,8 @@ class VirtualGroup(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank, self._size, self.channel = rank, size, channel
         self._coalesced: list[VirtualWork] | None = None
+        self._receiving: list[Call] = []
+        self._name = ""
 
     def size(self) -> int:
         return self._size
@@ -47,7 +59,7 @@ class VirtualGroup(dist.ProcessGroup):
 
     @property
     def group_name(self) -> str:
-        return c10d._world.pg_names[self]
+        return self._name
 
     def getBackendName(self) -> str:
         return "virtual"
@@ -70,22 +82,26 @@ class VirtualGroup(dist.ProcessGroup):
         **agree: Any,
     ) -> VirtualWork:
         self._check_member()
+        check_transforms(kind)
         for tensor in (*inputs, *outputs):
             check_tensor(kind, tensor)
-        if inputs:
-            agree["dtype"] = inputs[0].dtype
+        check_dtypes(kind, inputs, outputs)
+        check_disjoint(kind, outputs)
+        dtypes = dict.fromkeys(x.dtype for x in inputs)
+        if dtypes:
+            agree["dtype"] = next(iter(dtypes)) if len(dtypes) == 1 else tuple(x.dtype for x in inputs)
         is_async = getattr(opts, "asyncOp", True)
         if is_async:
-            inputs = [
-                x.detach().clone() if any(overlap(x, output) for output in outputs) else x for x in inputs
-            ]
-        call = Call(kind, self._rank, agree, inputs, outputs, program_lines(), splits, deferred=is_async)
-        if is_async:
-            poison(outputs)
+            inputs = poison(inputs, outputs)
+        call = Call(kind, self._rank, agree, inputs, outputs, self._where(), splits, deferred=is_async)
         work = VirtualWork(call, self.channel.meet(call, COLLECTIVES[kind]))
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
+
+    def _where(self) -> Lines:
+        """The program's lines; in a joint backward, in which there are none, those that began it."""
+        return program_lines() or self.channel.run.origin
 
     def _check_member(self) -> None:
         state = process_state.current()
@@ -128,6 +144,7 @@ class VirtualGroup(dist.ProcessGroup):
         for output, tensor in zip(outputs, inputs, strict=True):
             check_count("all_gather_single", "output elements", output.numel(), self._size * tensor.numel())
             check_overlap("all_gather_single", [output], tensor, own=part(output, self._rank, self._size))
+            check_overlap("all_gather_single", [other for other in outputs if other is not output], tensor)
         return self._collective("all_gather_single", inputs, outputs, opts, shape=_shapes(inputs))
 
     def allgather_coalesced(self, output_lists: Any, inputs: Any, opts: Any = None) -> dist.Work:
@@ -153,10 +170,9 @@ class VirtualGroup(dist.ProcessGroup):
         (output,), parts = _as_list(outputs), list(inputs[0]) if inputs else []
         check_count("scatter", "input tensors", len(parts), self._size if opts.rootRank == self._rank else 0)
         for piece in parts:
-            check_count("scatter", "elements of an input tensor", piece.numel(), output.numel())
-            if piece.dtype != output.dtype:
+            if piece.shape != output.shape:
                 raise BufferError(
-                    f"scatter: a part has dtype {piece.dtype}, the output {output.dtype}.\n  Give all one dtype."
+                    f"scatter: a part is {list(piece.shape)}, the output {list(output.shape)}.\n  Give all one shape."
                 )
         check_overlap("scatter", parts, output, own=parts[self._rank] if parts else None)
         agree = {"root": opts.rootRank, "shape": _shapes([output]), "dtype": output.dtype}
@@ -206,6 +222,9 @@ class VirtualGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> dist.Work:
         return self._collective("barrier", [], [], opts)
 
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        self.barrier().wait()
+
     def send(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
         return self._message(tensors, peer, tag, sends=True)
 
@@ -218,11 +237,20 @@ class VirtualGroup(dist.ProcessGroup):
     def _message(self, tensors: Any, peer: int | None, tag: int, sends: bool) -> VirtualWork:
         self._check_member()
         kind, (tensor,) = "send" if sends else "recv", _as_list(tensors)
+        check_transforms(kind)
         check_tensor(kind, tensor)
         agree = {"shape": _shapes([tensor]), "dtype": tensor.dtype}
-        call = Call(kind, self._rank, agree, [tensor] * sends, [tensor] * (not sends), program_lines())
+        call = Call(kind, self._rank, agree, [], [], self._where())
+        if sends:
+            with unobserved():
+                call.inputs = [tensor.detach().clone()]
+        else:
+            self._receiving = [other for other in self._receiving if not other.landed]
+            check_disjoint(kind, [tensor, *(output for other in self._receiving for output in other.outputs)])
+            self._receiving.append(call)
+            call.outputs = [tensor]
+            poison([], call.outputs)
         message = Message(self.channel, call, sends, peer, tag, self.channel.run.next_order())
-        poison(call.outputs)
         self.channel.post(message)
         work = VirtualWork(call, message)
         if self._coalesced is not None:
@@ -273,6 +301,7 @@ def new_process_group(
         return existing, c10d._world.pg_map[existing][1]
     prefix_store = dist.PrefixStore(f"{group_name}/", store)
     group = VirtualGroup(members.index(state.rank), len(members), state.run.channel(group_name, members))
+    group._name = group_name
     group._set_group_name(group_name)
     group._set_group_desc(options.get("group_desc") or "undefined")
     registered = {"pg_tag": f"user:{tag}"} if tag else {"add_to_default_tag": True}

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from .errors import WorldError
+
 _thread = threading.local()
 
 
@@ -44,6 +46,7 @@ class ProcessState:
         for name, value in {**own, **shared}.items():
             self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
         self._generator = torch.default_generator.get_state()
+        self._graph_nodes = 0
 
     def enter(self) -> None:
         """The rank gets the baton."""
@@ -61,6 +64,13 @@ class ProcessState:
         torch.set_num_threads(1)
         for group, name in self.groups.pg_names.items():
             torch._C._distributed_c10d._register_process_group(name, group)
+        one = torch.ones((), requires_grad=True)
+        while torch.autograd._get_sequence_nr() < self._graph_nodes:
+            one.view_as(one)
+
+    def leave_thread(self) -> None:
+        """Note how many autograd nodes the rank has made: backward takes the newest first, also after a re-entry."""
+        self._graph_nodes = torch.autograd._get_sequence_nr()
 
 
 class GroupRegistry:
@@ -143,6 +153,9 @@ class _RoutedRegistry:
         setattr(self._real if state is None else state.groups, name, value)
 
 
+TURN_SECONDS = 60.0
+"""How long a world waits for one of another thread."""
+
 _turn = threading.Lock()
 """Held by the world that runs. Environment and random numbers are the process's, so worlds take turns."""
 
@@ -157,7 +170,14 @@ def virtual_processes(
     rank of another one; worlds in two threads run one after the other.
     """
     inside = current() is not None
-    with contextlib.nullcontext() if inside else _turn, contextlib.ExitStack() as undo:
+    if not inside and not _turn.acquire(timeout=TURN_SECONDS):
+        raise WorldError(
+            f"another thread's world has been running for {TURN_SECONDS:.0f} s, and worlds take turns.\n"
+            "  Run one after the other; a rank runs an inner world in its own thread, not in one that it starts."
+        )
+    with contextlib.ExitStack() as undo:
+        if not inside:
+            undo.callback(_turn.release)
         undo.callback(setattr, sys, "excepthook", sys.excepthook)
         undo.callback(torch.set_num_threads, torch.get_num_threads())
         undo.callback(torch.default_generator.set_state, torch.default_generator.get_state())

@@ -7,6 +7,7 @@ timeout. Threads, because autograd keeps its grad mode, autocast and running gra
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import random
 import threading
@@ -177,9 +178,11 @@ class Scheduler:
         except RankStopped:
             pass
         except BaseException as error:
-            if self.failure is None:
-                error.add_note(f"raised on virtual rank {rank}")
+            first = self.failure is None
             self.fail(error)
+            if first and self.failure is error:
+                with contextlib.suppress(Exception):
+                    error.add_note(f"raised on virtual rank {rank}")
         finally:
             self._end(rank)
 

@@ -24,7 +24,7 @@ from .errors import DeadlockError, WorldError
 from .matching import Channel, Meeting, Waiting
 from .process_group import new_process_group, rendezvous
 from .scheduler import Scheduler
-from .source_lines import lines_of, lines_text
+from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
 
 Result = TypeVar("Result")
@@ -55,14 +55,14 @@ class VirtualWorld:
     def __init__(
         self, size: int, autograd: Literal["faithful", "joint"] = "faithful", seed: int | None = None
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")
         if autograd not in ("faithful", "joint"):
             raise WorldError(f"autograd={autograd!r} is no mode.\n  Use 'faithful' or 'joint'.")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise WorldError(f"seed={seed!r} is no integer.\n  Pass an integer, or None for the fixed order.")
-        self.size, self.autograd, self.seed = size, autograd, seed
-        self._last = Run(size, seed)
+        self.size, self.autograd, self.seed = int(size), autograd, seed
+        self._last = Run(self.size, seed)
 
     @property
     def bytes(self) -> np.ndarray:
@@ -102,18 +102,21 @@ class Run:
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
         self._states: list[process_state.ProcessState] = []
         self._order = itertools.count()
+        self.origin: Lines = ()
         self.scheduler: Scheduler
 
     def execute(self, body: Callable[[int], Result]) -> list[Result]:
         """Run `body(rank)` on all ranks; a later call goes on with the same groups, environment and random numbers."""
         results: list[Any] = [None] * self.size
         modes = _thread_modes()
+        self.origin = program_lines()
 
         def enter_body(rank: int) -> None:
             self._states[rank].adopt_thread()
             with modes():
                 results[rank] = body(rank)
                 _wait_for_functional_collectives(results[rank])
+            self._states[rank].leave_thread()
 
         self._states = self._states or [
             process_state.ProcessState(self, rank, self.size) for rank in range(self.size)
@@ -129,7 +132,18 @@ class Run:
                 explain_deadlock=self._deadlock,
             )
             self.scheduler.run(enter_body)
+        self._check_finished()
         return results
+
+    def _check_finished(self) -> None:
+        """Refuse a run in which a rank called something that the others never answered."""
+        unfinished = [line for channel in self._channels.values() for line in channel.unfinished()]
+        if unfinished:
+            lines = "\n".join(f"  {line}" for line in unfinished)
+            raise DeadlockError(
+                f"all ranks have returned, and {len(unfinished)} calls are without an answer.\n{lines}\n"
+                "  Let every rank of a group make the same calls in the same order, and give every send a receive."
+            )
 
     def channel(self, name: str, ranks: tuple[int, ...]) -> Channel:
         """What the ranks of a group share; every rank that makes the group gets the same."""

@@ -92,6 +92,23 @@ BAD = [
 ]
 
 
+ONES = [torch.ones(2), torch.ones(2), torch.ones(2)]
+BAD += [
+    (lambda: collectives.all_to_all(ONES, [[0.5, 0.5, 1], [1, 1, 0], [1, 1, 0]]), "float64"),
+    (lambda: collectives.all_to_all(ONES, [[1, 1], [1]]), "no matrix of integers"),
+    (lambda: collectives.all_to_all(ONES, "abc"), "no matrix of integers"),
+    (lambda: collectives.all_to_all([torch.tensor(1.0)] * 2), "without dims"),
+    (lambda: collectives.all_gather([torch.tensor(1.0)] * 2), "without dims"),
+    (lambda: collectives.all_gather(x for x in ONES), "a generator"),
+    (lambda: collectives.all_reduce([torch.ones(1), 2]), "rank 1 has int"),
+    (lambda: collectives.all_reduce([torch.ones(1), torch.ones(1, device="meta")]), "on meta"),
+    (lambda: collectives.reduce(ONES, None), "root None of 3"),
+    (lambda: collectives.broadcast(ONES, True), "root True of 3"),
+    (lambda: collectives.gather([torch.ones(1), torch.ones(2)], 0), "rank 1 has"),
+    (lambda: collectives.scatter([[1, 2], []], 0), "rank 0 has int"),
+]
+
+
 @pytest.mark.parametrize(("call", "words"), BAD)
 def test_bad_input_is_refused_with_the_numbers(call, words):
     with pytest.raises(CollectiveMismatchError) as error:
@@ -102,3 +119,5 @@ def test_bad_input_is_refused_with_the_numbers(call, words):
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(UnsupportedOperationError, match="no reduction 'mean'"):
         collectives.all_reduce(addresses([1, 1, 1]), "mean")
+    with pytest.raises(UnsupportedOperationError, match="works on bits"):
+        collectives.all_reduce(addresses([1, 1, 1]), "band")

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
-from simulator import VirtualWorld, collectives
+from simulator import UnsupportedOperationError, VirtualWorld, collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SPLITS = [[1, 2, 0], [0, 1, 3], [2, 1, 1]]
@@ -146,6 +146,31 @@ def test_a_script_that_destroys_its_group_can_be_differentiated():
     x = torch.ones(2, requires_grad=True)
     VirtualWorld(3, autograd="joint").run(body, x)[0].sum().backward()
     assert x.grad.tolist() == [3.0, 3.0]
+
+
+def test_hooks_of_a_leaf_see_the_whole_gradient_once():
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda gradient: seen.append(gradient.tolist()) or 2 * gradient)
+    results = VirtualWorld(2, autograd="joint").run(lambda x: x * (dist.get_rank() + 1), x)
+    sum(y.sum() for y in results).backward()
+    assert seen == [[3.0, 3.0]] and x.grad.tolist() == [6.0, 6.0]
+    with pytest.raises(UnsupportedOperationError, match="1 hooks"):
+        VirtualWorld(2, autograd="joint").run(lambda: x * 2)
+
+
+def test_double_backward_takes_the_newest_node_first_on_every_rank():
+    """Ranks make different numbers of nodes, and the second backward has two collectives that do not depend on
+    each other: only their age says which comes first."""
+
+    def body(x):
+        for _ in range(5 * dist.get_rank()):
+            x = x * 1
+        first = nn_functional.all_reduce(x * x)
+        second = nn_functional.all_reduce(x[:1] * x[1:] * x[:1])
+        return (first * first).sum() * 1 + (second * second).sum()
+
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda x: tuple(VirtualWorld(3, autograd="joint").run(body, x)), (x,))
 
 
 def test_results_without_gradient_pass_through():

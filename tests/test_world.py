@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.distributed.nn.functional as nn_functional
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simulator import VirtualWorld
 from tests.launch import on_gloo, on_virtual
@@ -321,6 +322,56 @@ def test_the_in_place_forms_of_hardware_are_accepted():
         return whole.tolist(), ones[2 * rank : 2 * rank + 2].tolist()
 
     assert VirtualWorld(3).run(body) == [([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [3.0, 3.0])] * 3
+
+
+def test_a_batch_may_send_and_receive_in_one_buffer():
+    def body():
+        x, other = torch.full((2,), float(dist.get_rank())), 1 - dist.get_rank()
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, other), dist.P2POp(dist.irecv, x, other)]
+        ):
+            work.wait()
+        return x.tolist()
+
+    assert VirtualWorld(2).run(body) == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_group_can_be_destroyed_and_barriers_be_monitored():
+    def body():
+        group = dist.new_group([0, 1])
+        dist.monitored_barrier()
+        dist.destroy_process_group(group)
+        return dist.get_world_size()
+
+    assert VirtualWorld(2).run(body) == [2, 2]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that a rank runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rank_that_watches_its_operations_does_not_see_the_networks():
+    def body():
+        x, y, buffer = torch.ones(2), torch.ones(2), torch.empty(2)
+        with Operations() as seen:
+            dist.all_reduce(x)
+            dist.all_to_all_single(buffer, y)
+            work = dist.all_reduce(x, async_op=True)
+            work.wait()
+            other = 1 - dist.get_rank()
+            for p2p in (dist.isend(x, other), dist.irecv(y, other)):
+                p2p.wait()
+        return [name for name in seen.names if "detach" not in name]
+
+    assert VirtualWorld(2).run(body) == [[], []]
 
 
 COUNTED = [

@@ -165,6 +165,75 @@ def test_a_deadlock_names_every_rank_and_what_it_waits_for(body, first, second):
     assert first in str(error.value) and second in str(error.value)
 
 
+def reduction_that_nobody_waits_for():
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(1), async_op=True)
+
+
+def send_that_nobody_receives():
+    if dist.get_rank() == 0:
+        dist.isend(torch.ones(1), 1)
+
+
+def receive_that_nobody_serves():
+    if dist.get_rank() == 0:
+        dist.irecv(torch.ones(1), 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [reduction_that_nobody_waits_for, send_that_nobody_receives, receive_that_nobody_serves],
+    ids=lambda body: body.__name__,
+)
+def test_a_call_without_an_answer_is_an_error_although_nobody_waits(body):
+    with pytest.raises(DeadlockError) as error:
+        VirtualWorld(2).run(body)
+    assert "1 calls are without an answer" in str(error.value)
+    assert f"{__file__}:" in str(error.value) and f"in {body.__name__}" in str(error.value)
+
+
+def test_a_disagreement_in_a_joint_backward_names_the_line_that_began_it():
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            dist.all_reduce(gradient.clone() if dist.get_rank() else gradient.double())
+            return gradient
+
+    x = torch.ones(2, requires_grad=True)
+    results = VirtualWorld(2, autograd="joint").run(lambda: Odd.apply(x))
+    with pytest.raises(CollectiveMismatchError) as error:
+        sum(y.sum() for y in results).backward()
+    assert str(error.value).count("in backward") == 2
+
+
+def test_a_disagreement_in_the_second_dtype_of_a_coalesced_call_names_every_rank():
+    def body():
+        second = torch.ones(2, dtype=torch.float64 if dist.get_rank() else torch.float32)
+        with dist._coalescing_manager():
+            dist.all_reduce(torch.ones(2))
+            dist.all_reduce(second)
+
+    with pytest.raises(CollectiveMismatchError) as error:
+        VirtualWorld(2).run(body)
+    assert "different dtype" in str(error.value) and "rank 1: waits in" in str(error.value)
+
+
+def test_an_exception_that_takes_no_note_comes_out_all_the_same():
+    class Stubborn(Exception):
+        def add_note(self, note):
+            raise TypeError("no notes")
+
+    def body():
+        raise Stubborn
+
+    with pytest.raises(Stubborn):
+        VirtualWorld(2).run(body)
+
+
 def test_a_rank_that_skips_a_collective_is_named():
     with pytest.raises(DeadlockError) as error:
         VirtualWorld(4).run(skipped_collective)
@@ -262,6 +331,7 @@ def overlapping():
     dist.all_to_all_single(x[2:6], x[:4])
 
 
+BUFFER = torch.ones(4)
 REFUSED = [
     (lambda: dist.all_reduce(torch.ones(3, 4).t()), "strides [1, 4]"),
     (lambda: dist.all_to_all_single(torch.empty(4, 2).t(), torch.ones(2, 4)), "strides [1, 2]"),
@@ -275,6 +345,13 @@ REFUSED = [
     (lambda: dist.all_gather_into_tensor(torch.empty(3), torch.ones(2)), "3 output elements and needs 4"),
     (lambda: dist.reduce_scatter_tensor(torch.empty(3), torch.ones(2)), "2 input elements and needs 6"),
     (lambda: dist.all_reduce(torch.ones(2).to_sparse()), "layout torch.sparse_coo"),
+    (lambda: dist.all_gather([BUFFER, BUFFER], torch.ones(4)), "two outputs overlap in 16 bytes"),
+    (
+        lambda: dist.all_to_all([BUFFER[:2], BUFFER[1:3]], [torch.ones(2)] * 2),
+        "two outputs overlap in 4 bytes",
+    ),
+    (lambda: dist.all_gather_into_tensor(torch.ones(2, dtype=torch.int32), torch.ones(1)), "int32"),
+    (lambda: [dist.irecv(BUFFER, 1 - dist.get_rank()) for _ in range(2)], "two outputs overlap"),
 ]
 
 
