@@ -21,7 +21,7 @@ from .agreement import Record, agree
 from .checks import DTYPES, check_tensor, no_type_check
 from .errors import ArgumentError, LocalAttentionError, ShapeError, UnsupportedError
 from .exchange import check_qkv, heads_to_sequence, outside_graphs, qkv_to_heads
-from .group import Group, GroupLike, check_size, group_of
+from .group import Group, GroupLike, check_kind, check_size, group_of
 from .local_attention import fused_attention, fused_options, own_heads_of_mask
 from .plan import Plan
 from .shapes import LAYOUTS, Layout, layout_of
@@ -51,6 +51,8 @@ class DistributedAttention(nn.Module):
       every rank what it means on one device.
     - Parameters by head (slopes, sinks): the callable slices its own, `plan.query_heads(rank)`. Parameters of
       a module passed as `local_attention` get zero gradients on a rank without heads.
+    - Gradients of anything else that the callable uses: pass the tensor as an argument, or make it a parameter
+      of a module. One that is captured in a closure is unknown on a rank without heads.
     - Dropout: each rank draws for its own heads from its own generator, so the result depends on the number
       of ranks. Ranks that are seeded alike drop the same positions: seed each with its rank.
     - Autocast: query, key and value are cast before they travel.
@@ -58,8 +60,8 @@ class DistributedAttention(nn.Module):
       refused by PyTorch. A compiled callable may be passed as `local_attention`.
 
     Raises:
-        LayoutError, ArgumentError: an unknown layout, something that cannot be called, something that is no
-            plan.
+        LayoutError, ArgumentError, GroupError: an unknown layout, something that cannot be called, something
+            that is no plan, something that is no group.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class DistributedAttention(nn.Module):
         if plan is not None and not isinstance(plan, Plan):
             kind = type(plan).__name__
             raise ArgumentError(f"plan is a {kind}.", "Pass what seqpar_ref.make_plan returns, or None.")
+        check_kind(group)
         self.layout = layout_of(layout).name
         self.local_attention = local_attention
         self.group = group
@@ -130,7 +133,8 @@ class DistributedAttention(nn.Module):
             key, value = (_uniform(tensor, plan, group.rank, layout) for tensor in (key, value))
             result = _checked(local(query, key, value, *args, **kwargs), query, value, layout)
             if not result.requires_grad:
-                result = _connected(result, query, *others)
+                result = _connected(result, *others)
+            result = _Tied.apply(result, query[:0].clone())
         else:
             result = _connected(_nothing(query, key, value), *others)
         return heads_to_sequence(result, plan, group, layout=self.layout)
@@ -264,11 +268,30 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _connected(result: Tensor, *others: Tensor) -> Tensor:
     """The result with a path for gradients, all zero, to others that need one.
 
-    On a rank without heads these are what the local attention would have used: they get a gradient on every
-    rank. Where a local attention returned something detached, all ranks still have to run the same backward
-    collectives.
+    These are what the local attention was given beside query, key and value: where it was not called, or
+    returned something detached, they get a gradient all the same.
     """
     for other in others:
         if torch.is_grad_enabled() and other.requires_grad:
             result = result + other.flatten()[:0].sum().to(result.dtype)
     return result
+
+
+class _Tied(torch.autograd.Function):
+    """The result as it is, with a path for gradients to the exchange that query, key and value came from.
+
+    A local attention may use none of the three. Its rank still has to run the backward collectives that the
+    others run, in derivatives of any order: see `_nothing`. `link` is a copy of no element of the query.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, link: Tensor) -> Tensor:
+        ctx.save_for_backward(link)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        (link,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return gradient, None  # autograd visits the exchange without it, and zeros travel
+        return gradient, gradient[:0].sum() * link.exp()

@@ -93,7 +93,8 @@ def heads_to_sequence(
     $$A[B, S, H_P, D] \to A[B, S_P, H, D]$$
 
     Rank i sends `B * D * plan.vectors(heads)[j, i]` elements to rank j. Of a kv head that several ranks hold,
-    the lowest rank sends its copy and the others send nothing ("kv once" in `Plan.vectors`).
+    the lowest rank sends its copy and the others send nothing ("kv once" in `Plan.vectors`); in the backward
+    pass the copies that sent nothing get a gradient of zeros.
 
     Args:
         shard: this rank's heads of all tokens, `[batch, seq, heads_local, dim]` in the order of `layout`.

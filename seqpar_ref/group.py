@@ -68,8 +68,8 @@ def group_of(group: GroupLike) -> TorchGroup:
     """The group that a caller means: a process group, a device mesh of one axis, or None for the whole world.
 
     Raises:
-        GroupError: torch.distributed is not initialised, this rank is no member, or the mesh has several
-            axes.
+        GroupError: torch.distributed is not initialised, this rank is no member, the mesh has several axes,
+            or the group or mesh belongs to another run.
     """
     if isinstance(group, TorchGroup):
         return group
@@ -85,10 +85,7 @@ def group_of(group: GroupLike) -> TorchGroup:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise _not_a_member()
     if not isinstance(group, dist.ProcessGroup):
-        raise GroupError(
-            f"group is a {type(group).__name__}.",
-            "Pass a torch.distributed.ProcessGroup, a DeviceMesh of one axis, or None for all ranks.",
-        )
+        raise _wrong_kind(group)
     try:
         rank = dist.get_rank(group)
     except (ValueError, RuntimeError) as error:
@@ -98,6 +95,14 @@ def group_of(group: GroupLike) -> TorchGroup:
     if rank < 0:
         raise _not_a_member()
     return TorchGroup(group, rank, dist.get_world_size(group))
+
+
+@no_type_check
+def check_kind(group: GroupLike) -> None:
+    """Refuse what `group_of` could never use. Needs no process group to be there yet."""
+    known = isinstance(group, dist.ProcessGroup | DeviceMesh | TorchGroup | None)
+    if not known and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        raise _wrong_kind(group)
 
 
 def check_size(group: Group, ranks: int) -> None:
@@ -117,7 +122,20 @@ def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
         )
     if mesh.get_coordinate() is None:
         raise _not_a_member()
-    return mesh.get_group()
+    try:
+        return mesh.get_group()
+    except RuntimeError as error:
+        raise GroupError(
+            f"the device mesh is not in use on this rank: {error}.",
+            "Pass a mesh that this rank made, in this run.",
+        ) from error
+
+
+def _wrong_kind(group: object) -> GroupError:
+    return GroupError(
+        f"group is a {type(group).__name__}.",
+        "Pass a torch.distributed.ProcessGroup, a DeviceMesh of one axis, or None for all ranks.",
+    )
 
 
 def _not_a_member() -> GroupError:

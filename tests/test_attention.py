@@ -500,6 +500,43 @@ def test_a_detached_result_leaves_the_ranks_in_step() -> None:
         assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
+class WithoutQuery(nn.Module):
+    """Its result needs a gradient, and query, key and value have no part in that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query.detach() * self.weight**2
+
+
+def derivatives_without_query(order: int) -> list[Tensor]:
+    """Gradients of the inputs and of the parameter; their sum differentiated again for the second order."""
+    inputs = shards(Case.make([3, 0, 1, 1], 2, 1))
+    module = WithoutQuery()
+    leaves = [*inputs, module.weight]
+    loss = DistributedAttention(module)(*inputs).sum()
+    for _ in range(order - 1):
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        loss = sum(gradient.sum() for gradient in gradients)
+    return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("launch", [on_virtual, on_gloo])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_result_that_needs_a_gradient_of_a_parameter_only(launch: Any, order: int) -> None:
+    """A rank without heads takes part in the backward of q, k and v; those with heads must as well."""
+    case = Case.make([3, 0, 1, 1], 2, 1)
+    found = launch(derivatives_without_query, 4, order)
+    assert not any(gradient.any() for gradients in found for gradient in gradients[:3])
+    weights = torch.stack([gradients[3] for gradients in found])
+    assert not weights[2:].any()  # these ranks hold no head
+    right = 2 * case.query.sum(dim=(0, 1, 2)) if order < 3 else torch.zeros(4, dtype=torch.float64)
+    torch.testing.assert_close(weights.sum(dim=0), right, rtol=1e-12, atol=1e-12)
+
+
 def test_second_derivatives_through_plain_attention() -> None:
     case = Case.make([1, 0, 2], 2, 1, batch=1, dim=2, causal=True)
     plan = Plan(tuple(case.tokens), (1, 1, 0), 1)
