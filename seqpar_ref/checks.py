@@ -1,7 +1,8 @@
 """What every public function asks of its input before it does anything."""
 
-from collections.abc import Callable, Iterable
-from numbers import Integral
+import math
+from collections.abc import Callable, Iterable, Mapping, Set
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,21 @@ def is_integer(value: object) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
+def is_finite(value: object) -> bool:
+    """Whether it is a real number that a float can hold; a bool is none, nor is nan or infinity."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements are in one strided piece of memory: neither sparse nor nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 @no_type_check
 def integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     """The values as a tuple of Python integers.
@@ -37,8 +53,10 @@ def integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     Raises:
         PlanError: one of them is no integer, or is negative.
     """
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-        raise PlanError(f"{name} is {values!r}.", "Use integers.")
+    unordered = isinstance(values, str | bytes | Mapping | Set)
+    if unordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        shown = " ".join(repr(values).split())
+        raise PlanError(f"{name} is {shown}.", "Use integers: one, or a list of them.")
     values = tuple(values)
     for value in values:
         if not is_integer(value):
@@ -60,9 +78,9 @@ def check_tensor(name: str, tensor: Tensor, layout: Layout) -> None:
     if not isinstance(tensor, Tensor):
         kind = type(tensor).__name__
         raise TensorError(f"{name} is a {kind}.", f"Pass a tensor in the layout {layout.name!r}.")
-    if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+    if tensor.dtype not in DTYPES or not is_dense(tensor):
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        found = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        found = tensor.dtype if is_dense(tensor) else "nested" if tensor.is_nested else tensor.layout
         raise TensorError(f"{name} is a {found} tensor.", f"Use a dense tensor of {allowed}.")
     if tensor.ndim != 4:
         raise ShapeError(

@@ -5,7 +5,6 @@ layout. Two are here: PyTorch's fused kernel, and the same in plain math, to rea
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .checks import no_type_check
+from .checks import is_dense, is_finite, no_type_check
 from .errors import ArgumentError, MaskError
 from .plan import Plan
 from .shapes import Layout
@@ -104,17 +103,24 @@ def fused_options(
     Raises:
         ArgumentError, MaskError: what a rank can see before the number of all tokens is known.
     """
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real) or not 0.0 <= dropout_p <= 1.0:
+    if not is_finite(dropout_p) or not 0.0 <= dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p is {dropout_p!r}.", "Use a probability, 0 to 1.")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
-        raise ArgumentError(f"scale is {scale!r}.", "Use a number, or None for 1/sqrt(head dim).")
+    if scale is not None and not is_finite(scale):
+        raise ArgumentError(f"scale is {scale!r}.", "Use a finite number, or None for 1/sqrt(head dim).")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name} is {flag!r}.", "Use True or False.")
     if attn_mask is None:
-        return {"dropout_p": dropout_p, "is_causal": bool(is_causal), "scale": scale}
+        return {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if is_causal:
         raise ArgumentError("both attn_mask and is_causal are given.", "Put the causal rule into the mask.")
     if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (torch.bool, query.dtype):
         found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise MaskError(f"attn_mask is {found}.", f"Pass a tensor of torch.bool or {query.dtype}.")
+    if not is_dense(attn_mask):
+        raise MaskError(
+            "attn_mask is a sparse or nested tensor.", "Pass a dense one, such as mask.to_dense()."
+        )
     batch, heads = query.shape[layout.batch], query.shape[layout.heads]
     leading = attn_mask.shape[:-2]
     if not 2 <= attn_mask.ndim <= 4 or attn_mask.device != query.device:

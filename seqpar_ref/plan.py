@@ -23,6 +23,8 @@ from .runs import Runs
 Policy = Literal["auto", "balanced", "groups"]
 Heads = Literal["query", "kv", "kv once"]
 
+MOST_RANKS = 2**20  # a plan has an entry for each; more are a mistake, or would fill the memory
+
 
 @dataclass(frozen=True)
 @no_type_check
@@ -152,10 +154,12 @@ class Plan:
             Matrix [sender, receiver] of int64, own chunk zero.
 
         Raises:
-            PlanError: sizes that are no integers, or something else than a torch.dtype.
+            PlanError: sizes that are no integers, something else than a torch.dtype, or than a bool.
         """
         sizes = (batch, head_dim, head_dim if value_dim is None else value_dim)
         batch, head_dim, value_dim = integers("batch, head_dim, value_dim", sizes)
+        if not isinstance(backward, bool):
+            raise PlanError(f"backward is {backward!r}.", "Use True or False.")
         if not isinstance(dtype, torch.dtype):
             raise PlanError(f"dtype is {dtype!r}.", "Pass a torch.dtype, such as torch.bfloat16.")
         if 4 * max(sizes) * batch * self.tokens * self.heads * dtype.itemsize >= 2**63:
@@ -227,6 +231,8 @@ def make_plan(
     ranks, heads = integers("ranks, heads", (ranks, heads))
     if ranks < 1:
         raise PlanError("a plan for 0 ranks divides nothing.", "Use at least 1 rank.")
+    if ranks > MOST_RANKS:
+        raise PlanError(f"a plan for {ranks} ranks is too large.", f"Use at most {MOST_RANKS} ranks.")
     kv_heads = _kv_heads(heads, heads if kv_heads is None else kv_heads)
     if not isinstance(policy, str) or policy not in ("auto", "balanced", "groups"):
         raise PlanError(f"{policy!r} is no policy.", 'Use "auto", "balanced" or "groups".')
@@ -247,7 +253,10 @@ def divide(count: int, ranks: int) -> tuple[int, ...]:
 
 def _cost(plan: Plan) -> tuple[int, int]:
     """What "auto" makes small: query heads on the fullest rank, then what the busiest rank sends."""
-    return max(plan.heads_by_rank), int(plan.bytes(1, 1, torch.uint8).sum(axis=1).max())
+    tokens = plan.token_runs.counts
+    query, kv = plan.head_runs["query"].counts, plan.head_runs["kv"].counts
+    sent = tokens * (query.sum() - query + 2 * (kv.sum() - kv)) + query * (tokens.sum() - tokens)
+    return max(plan.heads_by_rank), int(sent.max())
 
 
 @no_type_check

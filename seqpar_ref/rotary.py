@@ -15,14 +15,13 @@ $$\phi_{p,i} = p \, \theta^{-2i/r}, \quad i = 0 \dots r/2 - 1, \quad r = \text{r
 Elements from r on are left as they are.
 """
 
-import math
-from numbers import Real
+from reprlib import repr as shortened
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .checks import check_tensor, is_integer, no_type_check
+from .checks import check_tensor, is_dense, is_finite, is_integer, no_type_check
 from .errors import ArgumentError, RotaryError
 from .plan import Plan
 from .shapes import Layout, layout_of
@@ -68,6 +67,10 @@ def apply_rotary(
     order = layout_of(layout)
     check_tensor("x", x, order)
     rotary_dim = _rotary_dim(rotary_dim, x.shape[3])
+    if not isinstance(interleaved, bool):
+        raise RotaryError(f"interleaved is {interleaved!r}.", "Use True or False.")
+    if not is_finite(theta) or theta <= 0:
+        raise RotaryError(f"theta is {shortened(theta)}.", "Use a positive number, such as 10000.0.")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if position_ids is not None:
         _check_position_ids(position_ids, x, order)
@@ -77,6 +80,10 @@ def apply_rotary(
             _rows(name, table, position_ids, x, order, rotary_dim)
             for name, table in (("cos", cos), ("sin", sin))
         ]
+        if cos.shape != sin.shape:
+            raise RotaryError(
+                f"cos is {tuple(cos.shape)} and sin is {tuple(sin.shape)}.", "Give both the same shape."
+            )
     elif cos is not None or sin is not None:
         raise RotaryError("only one of cos and sin is given.", "Give both, or neither.")
     elif position_ids is not None:
@@ -96,20 +103,23 @@ def position_ids_of(plan: Plan, rank: int, device: torch.device | None = None) -
     """The global positions of a rank's tokens, for `apply_rotary` and for models that take position ids.
 
     Raises:
-        ArgumentError: not a plan.
+        ArgumentError: not a plan, or no device of this machine.
         PlanError: no such rank in it.
     """
     if not isinstance(plan, Plan):
         raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
     tokens = plan.tokens_of(rank)
-    return torch.arange(tokens.start, tokens.stop, device=device)
+    try:
+        return torch.arange(tokens.start, tokens.stop, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # PyTorch built without CUDA asserts
+        raise ArgumentError(
+            f"device {device!r} cannot be used.", 'Pass a device of this machine, such as "cpu", or None.'
+        ) from error
 
 
 @no_type_check
 def _angles(position_ids: Int[Tensor, "*batch seq"], theta: float, rotary_dim: int) -> list[Tensor]:
     """Cosine and sine of every pair's angle at every position, [*batch, seq, rotary_dim / 2]."""
-    if isinstance(theta, bool) or not isinstance(theta, Real) or not 0 < theta < math.inf:
-        raise RotaryError(f"theta is {theta!r}.", "Use a positive number, such as 10000.0.")
     twice_pair = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=position_ids.device)
     angles = position_ids[..., None] * float(theta) ** (-twice_pair / rotary_dim)
     return [angles.cos(), angles.sin()]
@@ -139,8 +149,8 @@ def _rows(
     name: str, table: Tensor, position_ids: Tensor | None, x: Tensor, layout: Layout, rotary_dim: int
 ) -> Tensor:
     """The rows of cos or sin that belong to the tokens of x: [*batch, seq, angles]."""
-    if not isinstance(table, Tensor) or not table.is_floating_point():
-        raise RotaryError(f"{name} is {_describe(table)}.", "Pass a floating-point tensor.")
+    if not isinstance(table, Tensor) or not table.is_floating_point() or not is_dense(table):
+        raise RotaryError(f"{name} is {_describe(table)}.", "Pass a dense floating-point tensor.")
     if table.ndim < 2 or table.shape[-1] not in (rotary_dim // 2, rotary_dim):
         raise RotaryError(
             f"{name} is {tuple(table.shape)}, the rotary dim {rotary_dim}.",
@@ -181,8 +191,12 @@ def _rotary_dim(rotary_dim: int | None, dim: int) -> int:
 
 @no_type_check
 def _check_position_ids(position_ids: Tensor, x: Tensor, layout: Layout) -> None:
-    if not isinstance(position_ids, Tensor) or position_ids.dtype not in INTEGERS:
-        raise RotaryError(f"position_ids is {_describe(position_ids)}.", "Pass a tensor of integers.")
+    if (
+        not isinstance(position_ids, Tensor)
+        or position_ids.dtype not in INTEGERS
+        or not is_dense(position_ids)
+    ):
+        raise RotaryError(f"position_ids is {_describe(position_ids)}.", "Pass a dense tensor of integers.")
     batch, tokens = x.shape[layout.batch], x.shape[layout.sequence]
     if tuple(position_ids.shape) not in ((tokens,), (batch, tokens), (1, tokens)):
         raise RotaryError(
@@ -193,4 +207,6 @@ def _check_position_ids(position_ids: Tensor, x: Tensor, layout: Layout) -> None
 
 
 def _describe(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a {value.dtype} tensor" if is_dense(value) else f"a sparse or nested {value.dtype} tensor"

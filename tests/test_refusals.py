@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar_ref import (
     DistributedAttention,
@@ -33,6 +34,7 @@ X = torch.zeros(2, 5, 6, 4)
 KV = torch.zeros(2, 5, 2, 4)
 IDS = torch.arange(5)
 TABLE = torch.zeros(5, 4)
+NESTED = torch.nested.nested_tensor([torch.zeros(5, 6, 4), torch.zeros(4, 6, 4)], layout=torch.jagged)
 
 Refusal = tuple[Callable[[], Any], type[SeqparError], str]
 
@@ -58,6 +60,13 @@ PLANS: dict[str, Refusal] = {
     "no tokens given": (plan(tokens=None), errors.PlanError, "tokens is None"),
     "text tokens": (plan(tokens="1234"), errors.PlanError, "tokens is '1234'"),
     "too many": (plan(tokens=2**60), errors.PlanError, "too many to count"),
+    "tokens in an array without dims": (plan(tokens=np.array(5)), errors.PlanError, "array(5)"),
+    "tokens in a tensor without dims": (plan(tokens=torch.tensor(5)), errors.PlanError, "tensor(5)"),
+    "tokens in an array of two dims": (plan(tokens=np.ones((4, 1), int)), errors.PlanError, "a list of them"),
+    "tokens in a dict": (plan(tokens={3: 1, 2: 1, 1: 1, 0: 1}), errors.PlanError, "{3: 1"),
+    "tokens in a set": (plan(tokens={1, 2, 3, 4}), errors.PlanError, "{1, 2, 3, 4}"),
+    "ranks beyond memory": (plan(ranks=10**12), errors.PlanError, "1000000000000 ranks"),
+    "ranks beyond int64": (plan(ranks=10**19), errors.PlanError, "at most 1048576"),
     "unknown policy": (plan(policy="even"), errors.PlanError, "'even' is no policy"),
     "plan of two lengths": (
         lambda: Plan((1, 2), (3,), 1),
@@ -73,6 +82,7 @@ PLANS: dict[str, Refusal] = {
     "bytes of a float batch": (lambda: PLAN.bytes(1.5, 4, torch.float32), errors.PlanError, "1.5"),  # type: ignore[arg-type]
     "bytes of no dtype": (lambda: PLAN.bytes(1, 4, "bf16"), errors.PlanError, "torch.bfloat16"),  # type: ignore[arg-type]
     "bytes beyond count": (lambda: PLAN.bytes(2**60, 4, torch.float32), errors.PlanError, "smaller"),
+    "bytes of which pass": (lambda: PLAN.bytes(1, 4, torch.half, "x"), errors.PlanError, "backward is 'x'"),  # type: ignore[arg-type]
     "vectors of what": (lambda: PLAN.vectors("keys"), errors.PlanError, "'keys'"),  # type: ignore[arg-type]
 }
 
@@ -136,10 +146,31 @@ ROTARY: dict[str, Refusal] = {
         errors.RotaryError,
         "theta is nan",
     ),
+    "theta beyond floats": (lambda: apply_rotary(X, IDS, theta=10**400), errors.RotaryError, "theta is 1000"),
+    "theta beside cos": (
+        lambda: apply_rotary(X, IDS, theta="junk", cos=TABLE, sin=TABLE),  # type: ignore[arg-type]
+        errors.RotaryError,
+        "theta is 'junk'",
+    ),
+    "interleaved": (lambda: apply_rotary(X, IDS, interleaved="no"), errors.RotaryError, "'no'"),  # type: ignore[arg-type]
+    "sparse ids": (lambda: apply_rotary(X, IDS.to_sparse()), errors.RotaryError, "a sparse or nested"),
+    "sparse cos": (
+        lambda: apply_rotary(X, IDS, cos=TABLE.to_sparse(), sin=TABLE),
+        errors.RotaryError,
+        "cos is a sparse",
+    ),
+    "cos and sin of two shapes": (
+        lambda: apply_rotary(X, IDS, cos=TABLE, sin=TABLE[:, :2]),
+        errors.RotaryError,
+        "(5, 4) and sin is (5, 2)",
+    ),
+    "nested x": (lambda: apply_rotary(NESTED, IDS), errors.TensorError, "a nested tensor"),
+    "positions on no device": (lambda: position_ids_of(PLAN, 0, "nope"), errors.ArgumentError, "'nope'"),  # type: ignore[arg-type]
     "positions of no plan": (lambda: position_ids_of(4, 0), errors.ArgumentError, "plan is a int"),  # type: ignore[arg-type]
     "positions of no rank": (lambda: position_ids_of(PLAN, 4), errors.PlanError, "no rank 4"),
     "module's layout": (lambda: DistributedAttention(layout="sbhd"), errors.LayoutError, "'sbhd'"),
     "module's callable": (lambda: DistributedAttention(3), errors.ArgumentError, "a int"),  # type: ignore[arg-type]
+    "module's group": (lambda: DistributedAttention(group="x"), errors.GroupError, "group is a str"),  # type: ignore[arg-type]
     "module's plan": (lambda: DistributedAttention(plan={}), errors.ArgumentError, "plan is a dict"),  # type: ignore[arg-type]
     "no process group": (lambda: DistributedAttention()(X, KV, KV), errors.GroupError, "init_process_group"),
     "no group for an exchange": (lambda: sequence_to_heads(X, PLAN), errors.GroupError, "init_process_group"),
@@ -179,6 +210,7 @@ ON_ONE_RANK: dict[str, Refusal] = {
     "query no tensor": (lambda: attend(query=None), errors.TensorError, "query is a NoneType"),
     "integers": (lambda: attend(X.int()), errors.TensorError, "torch.int32"),
     "sparse": (lambda: attend(X.to_sparse()), errors.TensorError, "torch.sparse_coo"),
+    "nested": (lambda: attend(NESTED, NESTED, NESTED), errors.TensorError, "query is a nested"),
     "merged input": (lambda: attend(X.flatten(2)), errors.ShapeError, "3 dims"),
     "empty head dim": (lambda: attend(X[..., :0]), errors.ShapeError, "head dim 0"),
     "dtypes differ": (lambda: attend(value=KV.double()), errors.TensorError, "value is torch.float64"),
@@ -208,6 +240,15 @@ ON_ONE_RANK: dict[str, Refusal] = {
     "layout as an argument": (lambda: attend(layout="b h s d"), errors.ArgumentError, "layout"),
     "dropout": (lambda: attend(dropout_p=1.5), errors.ArgumentError, "1.5"),
     "scale": (lambda: attend(scale="small"), errors.ArgumentError, "'small'"),
+    "scale nan": (lambda: attend(scale=float("nan")), errors.ArgumentError, "scale is nan"),
+    "scale inf": (lambda: attend(scale=float("inf")), errors.ArgumentError, "scale is inf"),
+    "causal": (lambda: attend(is_causal="no"), errors.ArgumentError, "is_causal is 'no'"),
+    "gqa": (lambda: attend(enable_gqa=1), errors.ArgumentError, "enable_gqa is 1"),
+    "sparse mask": (
+        lambda: attend(attn_mask=torch.zeros(5, 5).to_sparse()),
+        errors.MaskError,
+        "sparse or nested",
+    ),
     "mask and causal": (
         lambda: attend(attn_mask=torch.ones(5, 5, dtype=torch.bool), is_causal=True),
         errors.ArgumentError,
@@ -303,6 +344,19 @@ def test_groups(launch: Any) -> None:
     for found in launch(groups_of_others, 4):
         for error, words in found:
             check(error, errors.GroupError, words)
+
+
+def test_a_mesh_of_another_rank_or_run() -> None:
+    def make() -> DeviceMesh:
+        return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))["sequence"]
+
+    mesh = on_virtual(make, 4)[0]
+
+    def body() -> SeqparError:
+        return caught(lambda: sequence_to_heads(X, PLAN, mesh))
+
+    for error in on_virtual(body, 4):
+        check(error, errors.GroupError, "the device mesh is not in use")
 
 
 def disagreeing(rank: int, what: str) -> SeqparError:
