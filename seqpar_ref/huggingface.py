@@ -27,6 +27,10 @@ padding. So a mask function is registered too, and whatever would change the res
 | attention that is not causal | `NotCausalError` |
 | a mask or mask function of one's own | `CustomMaskError` |
 | whatever else transformers may pass | `UnknownArgumentError` |
+| a model that computes attention by itself | `NoAttentionInterfaceError` |
+
+The last row is what `register` cannot reach: models that do not use transformers' AttentionInterface, such as
+Bloom, Falcon, GPT-J and MPT. They fail where they use the mask.
 
 Two things an attention cannot see. A model that is given `labels` shifts them inside its shard and loses the
 target of the shard's last token: shift them over all tokens first and pass `shift_labels` as well. And the
@@ -42,7 +46,7 @@ from .attention import DistributedAttention
 from .checks import no_type_check
 from .errors import ArgumentError, SeqparError
 from .group import GroupLike, group_of
-from .huggingface_refusals import check_call, check_mask, first_position, not_global
+from .huggingface_refusals import MaskMarker, check_call, check_mask, first_position, not_global
 from .plan import Plan
 
 
@@ -65,7 +69,8 @@ def register(group: GroupLike = None, plan: Plan | None = None, *, name: str = "
 
     Raises:
         TransformersMissingError: transformers is not installed.
-        ArgumentError: the name is no string, is empty, or is one of transformers' own.
+        ArgumentError: the name is no string, is empty, or is one of transformers' own; no plan.
+        GroupError: the group is neither a process group nor a device mesh.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -99,7 +104,7 @@ class _RegisteredAttention:
         query: Float[Tensor, "batch heads seq_local dim"],
         key: Float[Tensor, "batch kv_heads seq_local dim"],
         value: Float[Tensor, "batch kv_heads seq_local value_dim"],
-        attention_mask: Tensor | None = None,
+        attention_mask: MaskMarker | Tensor | None = None,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,

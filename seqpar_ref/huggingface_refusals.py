@@ -5,6 +5,7 @@ forward pass (`check_mask`), and when it calls the attention in each layer (`che
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +67,37 @@ class UnknownArgumentError(UnsupportedError):
     """An argument of the attention call that this file does not know."""
 
 
+class NoAttentionInterfaceError(UnsupportedError, AttributeError):
+    """A model that computes attention by itself, so that what was registered is never called."""
+
+    # An AttributeError, so that hasattr(marker, ...) is False and does not raise.
+
+
+@dataclass(frozen=True)
+class MaskMarker:
+    """What layers get for a mask: causal attention, or, where `window` is given, a window or chunk.
+
+    `check_call` knows it. An attention of the model's own would take the mask None for attention over the
+    rank's tokens only; with this object PyTorch's functions raise, and so does any attribute but `window`.
+    """
+
+    window: int | None = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _no_attention_interface()
+
+    def __getattr__(self, name: str) -> Any:
+        raise _no_attention_interface()
+
+
+def _no_attention_interface() -> NoAttentionInterfaceError:
+    return NoAttentionInterfaceError(
+        "the model uses its mask itself, not through transformers' AttentionInterface.",
+        "Use a model whose attention is chosen by attn_implementation, such as Llama.",
+    )
+
+
 @no_type_check
 def check_mask(
     batch_size: int,
@@ -77,7 +109,7 @@ def check_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **others: Any,
-) -> Tensor | None:
+) -> MaskMarker:
     """The mask function to register: what the layers get for a mask.
 
     A model asks for a windowed mask as soon as some layer may use it, so that refusal is left to the layer.
@@ -89,7 +121,7 @@ def check_mask(
         local_size: the length of a sliding window or chunk.
 
     Returns:
-        None for causal attention, or an empty tensor of shape (0, 0, 0, window), which `check_call` refuses.
+        A marker for causal attention, or one with a window, which `check_call` refuses.
 
     Raises:
         PaddingError, PositionIdsError, FilledCacheError, NotCausalError, CustomMaskError: the model asks for
@@ -106,21 +138,21 @@ def check_mask(
             "Give each row one document, and position_ids that count on over all ranks.",
         )
     if local_size is not None or any("sliding_window" in name or "chunk" in name for name in names):
-        return torch.empty(0, 0, 0, local_size or 0, dtype=torch.bool)
+        return MaskMarker(window=local_size or 0)
     if mask_function is bidirectional_mask_function:
         raise _not_causal()
     if mask_function is not None and mask_function is not causal_mask_function:
         raise _custom_mask(f"the mask function {getattr(mask_function, '__qualname__', mask_function)}")
     if kv_length != q_length or int(q_offset) or int(kv_offset):
         raise _filled_cache(kv_length, q_length)
-    return None
+    return MaskMarker()
 
 
 def check_call(
     module: nn.Module,
     queries: int,
     keys: int,
-    mask: Tensor | None,
+    mask: MaskMarker | Tensor | None,
     is_causal: bool | None,
     dropout: float,
     others: dict[str, Any],
@@ -139,9 +171,9 @@ def check_call(
             DropoutError, FilledCacheError: as their names say.
     """
     _check_others(others)
-    if mask is not None and mask.shape[0] == 0:
-        raise _sliding_window(mask.shape[-1])
-    if mask is not None:
+    if isinstance(mask, MaskMarker) and mask.window is not None:
+        raise _sliding_window(mask.window)
+    if mask is not None and not isinstance(mask, MaskMarker):
         raise _custom_mask(f"a mask of shape {tuple(mask.shape)}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise _not_causal()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar_ref import make_plan
-from seqpar_ref.errors import ArgumentError
+from seqpar_ref.errors import ArgumentError, GroupError
 from simulator import VirtualWorld
 from tests.launch import on_gloo, on_virtual
 
@@ -275,6 +275,28 @@ def test_a_sliding_window_is_refused():
     assert len(VirtualWorld(4).run(run_forward, model, {})) == 4
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", ["bloom", "falcon", "gptj", "mpt"])
+def test_a_model_that_computes_attention_by_itself_is_refused(name, tokens):
+    hf.register()
+    config = transformers.CONFIG_MAPPING[name](
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, rotary_dim=4
+    )
+    if name in ("falcon", "gptj"):
+        with pytest.raises(KeyError, match="seqpar"):  # transformers has a table of its own for them
+            transformers.AutoModelForCausalLM.from_config(config, attn_implementation="seqpar")
+        return
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="seqpar").eval()
+    world = VirtualWorld(2)
+    with pytest.raises(refusals.NoAttentionInterfaceError, match="AttentionInterface"):
+        world.run(lambda: model(torch.ones(1, tokens, dtype=torch.long), use_cache=False))
+
+
+def test_registering_something_that_is_no_group_is_refused_at_once():
+    with pytest.raises(GroupError, match="group is a str"):
+        hf.register(group="x")
+
+
 def tiny_gemma(**options) -> transformers.Gemma3ForCausalLM:
     config = transformers.Gemma3TextConfig(
         vocab_size=31, hidden_size=48, intermediate_size=40, num_hidden_layers=2, head_dim=8,
@@ -344,14 +366,14 @@ def test_custom_mask_functions_are_refused():
 
     window = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int))
     empty = refusals.check_mask(1, 4, 4, mask_function=window, local_size=3)
-    assert empty.shape == (0, 0, 0, 3)
+    assert empty == refusals.MaskMarker(window=3)
     with pytest.raises(refusals.SlidingWindowError, match="3 tokens"):
         refusals.check_call(torch.nn.Identity(), 4, 4, empty, True, 0.0, {})
     with pytest.raises(refusals.CustomMaskError):
         refusals.check_mask(1, 4, 4, mask_function=and_masks(causal_mask_function, causal_mask_function))
     with pytest.raises(refusals.FilledCacheError):
         refusals.check_mask(1, 4, 9, mask_function=causal_mask_function)
-    assert refusals.check_mask(1, 4, 4, mask_function=causal_mask_function) is None
+    assert refusals.check_mask(1, 4, 4, mask_function=causal_mask_function) == refusals.MaskMarker()
 
 
 @pytest.mark.parametrize("name", ["", "eager", "sdpa", "paged|eager", 3, None])
