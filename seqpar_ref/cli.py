@@ -40,8 +40,6 @@ def demo(
 ) -> None:
     """A language model reads a text that is split over ranks; its logits and bytes are checked and drawn."""
     first = os.environ.get("RANK", "0") == "0"
-    if ranks is None:
-        ranks = int(os.environ.get("WORLD_SIZE", "4"))
     if first:
         print("importing torch ...", flush=True)
     from rich.console import Console
@@ -50,10 +48,12 @@ def demo(
     from . import demo_processes
     from .errors import SeqparError
 
-    options = demo_module.Options(ranks, tokens, backend, text, model, out)
     console = Console(quiet=not first)
     code = 0
     try:
+        if ranks is None:
+            ranks = demo_module.started_processes(otherwise=4)
+        options = demo_module.Options(ranks, tokens, backend, text, model, out)
         demo_module.check_options(options)
         if backend == "virtual":
             demo_module.run_virtual(options, console)

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -58,17 +59,28 @@ class Comparison:
     right_next_token: int  # tokens after which that is the one in the text
 
 
-def check_options(options: Options) -> None:
-    """Refuse what cannot run, before anything is loaded.
+def started_processes(otherwise: int) -> int:
+    """How many processes torchrun started, or `otherwise` where it did not start this one.
 
     Raises:
-        ArgumentError: a number out of range, an unknown backend or model, a text that is no file.
+        ArgumentError: the environment variable WORLD_SIZE is no number of processes.
+    """
+    found = os.environ.get("WORLD_SIZE", str(otherwise))
+    if not found.isdecimal():
+        raise ArgumentError(f"WORLD_SIZE is {found!r} in the environment.", "Unset it, or use torchrun.")
+    return int(found)
+
+
+def check_options(options: Options) -> None:
+    """Refuse what cannot run, before anything is loaded. Makes the folder for the figure.
+
+    Raises:
+        ArgumentError: a number out of range, an unknown backend or model, a text that is no file, a folder
+            that cannot be made or written to.
         MissingPackageError: SmolLM2 is asked for and not installed.
     """
     if options.ranks < 1:
-        raise ArgumentError(
-            f"--ranks {options.ranks} is no number of ranks.", "Use at least 1, for example 4."
-        )
+        raise ArgumentError(f"--ranks {options.ranks} is no number of ranks.", "Use at least 1, such as 4.")
     if options.backend not in ("virtual", "gloo", "nccl"):
         raise ArgumentError(f"--backend {options.backend} does not exist.", "Use virtual, gloo or nccl.")
     if options.model not in ("smollm2", "tiny"):
@@ -79,16 +91,25 @@ def check_options(options: Options) -> None:
             f"Use {options.ranks} (one on each rank) to {POSITIONS} tokens (the model's positions).",
         )
     if options.text is not None and not options.text.is_file():
-        raise ArgumentError(
-            f"--text {options.text} is no file.", "Name a text file, or leave the option out."
-        )
-    if options.backend == "virtual" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError(f"--text {options.text} is no file.", "Name a text file, or leave it out.")
+    if options.backend == "virtual" and started_processes(otherwise=1) > 1:
         raise ArgumentError(
             f"{os.environ['WORLD_SIZE']} processes were started (by torchrun) and --backend is virtual.",
             "Use --backend gloo, or run the command without torchrun.",
         )
     if options.model == "smollm2":
         smollm2_file()
+    _make_folder(options.out)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot write to {folder}: {error}.", "Name another folder with --out."
+        ) from error
 
 
 def read_inputs(options: Options) -> tuple[LanguageModel, Int[Tensor, "1 seq"]]:
@@ -102,6 +123,8 @@ def read_inputs(options: Options) -> tuple[LanguageModel, Int[Tensor, "1 seq"]]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{path} is not UTF-8: {error}.", "Save the text as UTF-8.") from error
+    if not text:
+        raise ArgumentError(f"{path} is empty.", "Name a text of at least one token for each rank.")
     model: LanguageModel
     if options.model == "smollm2":
         model, token_ids = read_smollm2(smollm2_file(), text)
@@ -238,15 +261,8 @@ def report(
 def _table(plan: Plan, sent: np.ndarray, planned: np.ndarray, rows: list[Comparison]) -> Table:
     title = f"{plan.tokens:,} tokens on {plan.ranks} ranks, beside one device"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for name in (
-        "rank",
-        "tokens",
-        "heads\nq, kv",
-        "bytes\nsent",
-        "bytes\nplanned",
-        "logit\nerror",
-        "equal\nbits",
-    ):
+    names = ("rank", "tokens", "heads\nq, kv", "bytes\nsent", "bytes\nplanned", "logit\nerror", "equal\nbits")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("same next\ntoken", justify="right", no_wrap=True)
     for rank, row in enumerate(rows):
@@ -277,7 +293,6 @@ def _save_figure(options: Options, model: LanguageModel, plan: Plan, sent: np.nd
     )
     path = options.out / "exchange.png"
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         picture.savefig(path)
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error}.", "Name another folder with --out.") from error

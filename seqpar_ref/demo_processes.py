@@ -25,6 +25,7 @@ from .demo import (
     read_on_one_device,
     read_own_part,
     report,
+    started_processes,
 )
 from .demo_models import LanguageModel, SmolLM2, Tiny
 from .errors import ArgumentError, SeqparError
@@ -106,7 +107,7 @@ def _run_rank(options: Options, console: Console) -> None:
         ArgumentError: --ranks is not the number of processes; whatever rank 0 refuses, on all ranks.
         DemoFailedError: on rank 0, see `demo.report`.
     """
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = started_processes(otherwise=1)
     if options.ranks != processes:
         raise ArgumentError(
             f"--ranks is {options.ranks} and torchrun started {processes} processes.",

@@ -112,6 +112,30 @@ def test_virtual_ranks_under_torchrun_are_refused(monkeypatch):
     assert "Use --backend gloo" in done.stderr
 
 
+@pytest.mark.parametrize("backend", ["virtual", "gloo"])
+def test_a_world_size_that_is_no_number_is_refused(monkeypatch, backend):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    done = run("--model", "tiny", "--backend", backend)
+    assert done.exit_code == 1
+    assert "ArgumentError: WORLD_SIZE is 'abc' in the environment" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(demo, "read_inputs", lambda options: pytest.fail("the model was loaded"))
+    done = run("--model", "tiny", "--out", str(tmp_path / "file" / "folder"))
+    assert done.exit_code == 1
+    assert f"cannot write to {tmp_path / 'file' / 'folder'}" in done.stderr
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("")
+    done = run("--model", "tiny", "--text", str(text), "--out", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is empty.\n  Name a text" in done.stderr
+
+
 def test_another_number_of_ranks_than_torchrun_started_is_refused(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
