@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import BufferError, UnsupportedTransformError
-from .matching import nbytes, unobserved
 
 _TRANSFORMS = tuple(
     str(Path(torch.__file__).parent / "_functorch" / name)
@@ -142,3 +143,20 @@ def poison(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Sequence[Tens
                 limits = torch.iinfo(tensor.dtype)
                 tensor.fill_(limits.min or limits.max)
     return inputs
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """The network's work, not the rank's: no gradient, and no mode that the rank has entered sees it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch._C.DisableTorchFunction())
+        yield
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()

@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from . import collectives
+from .buffers import nbytes
 from .errors import CollectiveMismatchError
-from .matching import Call, Collective, nbytes
+from .matching import Call, Collective
 
 
 def _row_elements(tensor: Tensor) -> int:

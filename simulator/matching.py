@@ -6,7 +6,6 @@ a `Channel` the group's sequence of meetings plus its sends and receives. A meet
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .buffers import nbytes, unobserved
 from .errors import CollectiveMismatchError
 from .source_lines import Lines, lines_text
 
@@ -298,23 +296,6 @@ def _snapshot(results: list[Sequence[Tensor]], calls: list[Call]) -> list[Sequen
         if id(row) not in copies:
             copies[id(row)] = [copy(tensor) for tensor in row]
     return [copies[id(row)] for row in results]
-
-
-@contextlib.contextmanager
-def unobserved() -> Iterator[None]:
-    """The network's work, not the rank's: no gradient, and no mode that the rank has entered sees it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        if torch._C._len_torch_function_stack():
-            stack.enter_context(torch._C.DisableTorchFunction())
-        yield
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
 
 
 def _readable(value: Any) -> str:

@@ -9,14 +9,13 @@ silently get wrong, and hands it to the group's `Channel`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from . import process_state
 from .buffers import (
@@ -29,10 +28,11 @@ from .buffers import (
     part,
     poison,
     rows_by_rank,
+    unobserved,
 )
 from .errors import BufferError, StaleGroupError, UnsupportedOperationError
 from .executions import COLLECTIVES
-from .matching import Call, Channel, Message, unobserved
+from .matching import Call, Channel, Message
 from .source_lines import Lines, program_lines
 from .work import AllOf, VirtualWork
 
@@ -270,58 +270,6 @@ class VirtualGroup(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
-
-
-def new_process_group(
-    group_size: int,
-    group_rank: int,
-    ranks: Sequence[int],
-    backend: Any,
-    store: Any,
-    group_name: Any,
-    **options: Any,
-) -> tuple[Any, Any]:
-    """Takes the place of torch's `_new_process_group_helper` on virtual ranks; `ranks` is empty for the default group.
-
-    Any backend name is accepted and kept, because programs ask for it: the ranks are virtual all the same.
-    """
-    state = process_state.current()
-    if state is None:
-        raise StaleGroupError("a virtual group is made outside of a virtual rank.\n  Make it inside run().")
-    members = tuple(ranks) or tuple(range(state.run.size))
-    if group_size != len(members) or (not ranks and group_rank != state.rank):
-        raise UnsupportedOperationError(
-            f"init_process_group asks for rank {group_rank} of {group_size}; this is rank {state.rank} of "
-            f"{state.run.size} virtual ranks.\n  Take both from the environment: RANK and WORLD_SIZE are set."
-        )
-    if state.rank not in members:
-        return dist.GroupMember.NON_GROUP_MEMBER, None
-    tag = options.get("pg_tag")
-    if tag and (existing := c10d._find_pg_by_ranks_and_tag(tag, list(members))) is not None:
-        return existing, c10d._world.pg_map[existing][1]
-    prefix_store = dist.PrefixStore(f"{group_name}/", store)
-    group = VirtualGroup(members.index(state.rank), len(members), state.run.channel(group_name, members))
-    group._name = group_name
-    group._set_group_name(group_name)
-    group._set_group_desc(options.get("group_desc") or "undefined")
-    registered = {"pg_tag": f"user:{tag}"} if tag else {"add_to_default_tag": True}
-    config = str(c10d.BackendConfig(backend))
-    c10d._register_pg_in_world(group, backend, prefix_store, group_name, config, **registered)
-    return group, prefix_store
-
-
-def rendezvous(
-    url: str, rank: int = -1, world_size: int = -1, **options: Any
-) -> Iterator[tuple[Any, int, int]]:
-    """Takes the place of torch's rendezvous on virtual ranks, which have met already."""
-    state = process_state.current()
-    if state is None:
-        raise StaleGroupError("a virtual group is made outside of a virtual rank.\n  Make it inside run().")
-    yield (
-        state.run.store,
-        rank if rank >= 0 else state.rank,
-        world_size if world_size >= 0 else state.run.size,
-    )
 
 
 def _reduction(opts: Any) -> str:

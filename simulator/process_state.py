@@ -185,7 +185,9 @@ def virtual_processes(
         undo.callback(_restore_environment, os.environ._data, states)  # type: ignore[attr-defined]
         if not inside:
             _route(undo, new_group, rendezvous)
-        if not gc.get_freeze_count():  # what was there before is no garbage: saves 8 % of a run of 1,024 ranks
+        if (
+            not gc.get_freeze_count()
+        ):  # what was there before is no garbage: saves 8 % of a run of 1,024 ranks
             gc.freeze()
             undo.callback(gc.unfreeze)
         yield

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from . import joint, process_state
 from .errors import DeadlockError, WorldError
+from .initialization import new_process_group, rendezvous
 from .matching import Channel, Meeting, Waiting
-from .process_group import new_process_group, rendezvous
 from .scheduler import Scheduler
 from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
