@@ -36,9 +36,7 @@ with contextlib.suppress(RuntimeError):  # they are there already when the modul
 def write_rows(buffer: Tensor, positions: list[Tensor], tensors: list[Tensor]) -> None:
     """Write each row of each tensor, `[..., row]`, to its positions in the buffer, `[..., copies]`.
 
-    `buffer` is [rows, row]. A row's positions may repeat; what is written there is the same. So where rows have
-    different numbers of copies, more is written than the buffer holds: with 9 query and 3 kv heads on 4 ranks,
-    3, 2, 2, 2, it is 21 rows for 19 (for each token). A count of operators does not show that.
+    `buffer` is [rows, row]. The positions of all tensors together are all rows of the buffer, each once.
     """
     torch.ops.seqpar.write_rows(buffer, positions, tensors)
 

@@ -1,5 +1,6 @@
 """Which run of indices (tokens or heads) each rank holds, and what follows from that for all ranks."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +42,13 @@ class Runs:
     def even(self) -> bool:
         """Whether they are that, and of equal length."""
         return self.in_order and len(set(self.counts.tolist())) == 1
+
+    @cached_property
+    def stretches(self) -> list[tuple[int, int, int]]:
+        """(first, end, copies): the indices in stretches that equally many ranks hold."""
+        copies = (self.holders >= 0).sum(axis=1)
+        bounds = [0, *(np.flatnonzero(np.diff(copies)) + 1).tolist(), self.length]
+        return [(first, end, int(copies[first])) for first, end in itertools.pairwise(bounds) if first < end]
 
     @cached_property
     def holders(self) -> np.ndarray:

@@ -68,13 +68,13 @@ class Positions:
     """Row numbers in a buffer, for one tensor.
 
     Args:
-        written: for pack, a position for each row that travels and each copy of it. A row with fewer copies
-            than others repeats its first.
+        written: for pack, a position for each row that travels and each copy of it; a table for each stretch of
+            `Runs.stretches`.
         read: for unpack, the positions of each row's copies, in rank order, row after row.
         bags: where in `read` the copies of each row begin; None where each row has exactly one.
     """
 
-    written: Int[Tensor, "_ _ _ rows_of_vector copies"]
+    written: list[Int[Tensor, "_ _ _ rows_of_vector _"]]
     read: Int[Tensor, " all_copies"]
     bags: Int[Tensor, " rows"] | None
 
@@ -109,9 +109,13 @@ class Cut:
             for index, tensor in enumerate(travelling):
                 self._pieces(buffer, index).copy_(self._by_rank(tensor))
         else:
-            positions = [positions.written for positions in self._positions]
-            rows = [tensor.unflatten(-1, (-1, self.row)) for tensor in travelling]
-            write_rows(buffer.view(-1, self.row), positions, rows)
+            rows = [
+                tensor.unflatten(-1, (-1, self.row)).narrow(self.dim, first, end - first)
+                for part, tensor in zip(self.parts, travelling, strict=True)
+                for first, end, _ in part.runs.stretches
+            ]
+            written = [table for positions in self._positions for table in positions.written]
+            write_rows(buffer.view(-1, self.row), written, rows)
         return buffer
 
     def new_buffer(self, dtype: torch.dtype) -> Tensor:
@@ -200,12 +204,15 @@ class Cut:
         address = starts[rank] + place
         if address.shape[-1] == 1 and present.all():
             written = self._to_tensor(address)
-            return Positions(written, written.view(-1), None)
+            return Positions([written], written.view(-1), None)
         present = np.broadcast_to(present, address.shape)
         copies = present.sum(axis=-1).reshape(-1)
         bags = None if (copies == 1).all() else self._to_tensor(np.cumsum(copies) - copies)
-        written = self._to_tensor(np.where(present, address, address[..., :1]))
-        return Positions(part.narrow(written), self._to_tensor(address[present]), bags)
+        table = part.narrow(self._to_tensor(address))
+        written = [
+            table.narrow(self.dim, first, end - first)[..., :held] for first, end, held in part.runs.stretches
+        ]
+        return Positions(written, self._to_tensor(address[present]), bags)
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device)
