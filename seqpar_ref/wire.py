@@ -202,16 +202,16 @@ class Cut:
         self, part: Part, starts: np.ndarray, rank: np.ndarray, place: np.ndarray, present: np.ndarray
     ) -> Positions:
         address = starts[rank] + place
+        table = self._to_tensor(address)
+        written = [
+            part.narrow(table).narrow(self.dim, first, end - first)[..., :copies]
+            for first, end, copies in part.runs.stretches
+        ]
         if address.shape[-1] == 1 and present.all():
-            written = self._to_tensor(address)
-            return Positions([written], written.view(-1), None)
+            return Positions(written, table.view(-1), None)
         present = np.broadcast_to(present, address.shape)
         copies = present.sum(axis=-1).reshape(-1)
         bags = None if (copies == 1).all() else self._to_tensor(np.cumsum(copies) - copies)
-        table = part.narrow(self._to_tensor(address))
-        written = [
-            table.narrow(self.dim, first, end - first)[..., :held] for first, end, held in part.runs.stretches
-        ]
         return Positions(written, self._to_tensor(address[present]), bags)
 
     def _to_tensor(self, numbers: np.ndarray) -> Tensor:
