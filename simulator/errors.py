@@ -39,3 +39,31 @@ class UnsupportedOperationError(SimulatorError, NotImplementedError):
 
 class StaleGroupError(SimulatorError):
     """A process group is used outside of the run, or of the rank, that made it."""
+
+
+class HazardError(SimulatorError):
+    """Base class of what a program does to memory that is not its own at that moment."""
+
+
+class EarlyAccessError(HazardError):
+    """What an asynchronous call receives is read or written before `wait()`."""
+
+
+class InFlightWriteError(HazardError):
+    """The input of an asynchronous call is written before `wait()`."""
+
+
+class OverlappingCallsError(HazardError, BufferError):
+    """A call uses a buffer that another call, in flight, receives into or, if it receives itself, sends from."""
+
+
+class UnwaitedWorkError(HazardError):
+    """Nobody called `wait()` on the Work of an asynchronous call."""
+
+
+class StreamRaceError(HazardError):
+    """Two streams touch the same bytes, one of them writing, and nothing orders them."""
+
+
+class SharedModuleError(HazardError):
+    """Several ranks train one and the same parameter, which on hardware each has a copy of."""

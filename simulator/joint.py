@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedOperationError, UnsupportedTransformError
+from .graphs import leaves_of, unique
 
 if TYPE_CHECKING:
     from .world import Run
@@ -106,10 +107,10 @@ def refuse_transforms(values: Any) -> None:
 
 def _tie(run: Run, values: Sequence[Sequence[Any]], stand_ins: StandIns) -> list[list[Any]]:
     """The values by rank, those with a gradient as outputs of one node over all that they were computed from."""
-    outputs = [_unique(x for x in own if isinstance(x, Tensor) and x.requires_grad) for own in values]
-    leaves = [_leaves(own) for own in outputs]
+    outputs = [unique(x for x in own if isinstance(x, Tensor) and x.requires_grad) for own in values]
+    leaves = [leaves_of(own) for own in outputs]
     _refuse_hooks(leaf for own in leaves for leaf in own)
-    inputs = _unique(stand_ins.behind(leaf) for own in leaves for leaf in own)
+    inputs = unique(stand_ins.behind(leaf) for own in leaves for leaf in own)
     number = {id(x): place for place, x in enumerate(inputs)}
     places = [[number[id(stand_ins.behind(leaf))] for leaf in own] for own in leaves]
     if not inputs:
@@ -165,22 +166,3 @@ def _refuse_hooks(leaves: Iterable[Tensor]) -> None:
                 f"a captured tensor of shape {list(leaf.shape)} has {len(leaf._backward_hooks)} hooks, which would see "
                 "each rank's gradient.\n  Pass it to run() as an argument, or take the hooks off."
             )
-
-
-def _leaves(outputs: Tensors) -> list[Tensor]:
-    """The leaf tensors that a graph begins with."""
-    nodes = {x.grad_fn: None for x in outputs if x.grad_fn is not None}
-    leaves, stack = [x for x in outputs if x.grad_fn is None], list(nodes)
-    while stack:
-        node = stack.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-        for below, _ in node.next_functions:
-            if below is not None and below not in nodes:
-                nodes[below] = None
-                stack.append(below)
-    return _unique(leaves)
-
-
-def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(x): x for x in tensors}.values())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .buffers import nbytes, unobserved
 from .errors import CollectiveMismatchError
+from .instruments import Exchange
 from .source_lines import Lines, lines_text
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Call:
         outputs: tensors that `Meeting.results` are copied into, in the same order.
         where: the program's source lines, innermost first.
         splits: for all_to_all, the rows along dim 0 sent to each rank and received from each rank, int64.
-        deferred: the outputs are filled when the rank waits, and not before; else as soon as the collective executes.
+        is_async: the outputs are filled when the rank waits, and not before; else as soon as the collective executes.
+        is_functional: called by a functional collective, which waits when its result is first used.
         landed: the outputs are filled.
     """
 
@@ -47,7 +49,8 @@ class Call:
     outputs: Sequence[Tensor]
     where: Lines
     splits: tuple[np.ndarray, np.ndarray] | None = None
-    deferred: bool = True
+    is_async: bool = True
+    is_functional: bool = False
     landed: bool = False
 
     def land(self, received: Sequence[Tensor]) -> None:
@@ -110,10 +113,12 @@ class Meeting:
             self.channel.run.scheduler.ready(rank)
 
     def _execute(self, calls: list[Call], collective: Collective) -> None:
-        self.channel.run.add_bytes(self.channel.ranks, collective.sent(calls))
+        channel = self.channel
+        matrix = collective.sent(calls)
+        channel.run.executed(Exchange(calls[0].kind, channel, self.number, calls, channel.ranks, matrix))
         with unobserved():
             for call, received in zip(calls, _snapshot(collective.execute(calls), calls), strict=True):
-                if call.deferred:
+                if call.is_async:
                     self._results[call.rank] = received
                 else:
                     call.land(received)
@@ -238,10 +243,10 @@ class Channel:
             return
         source = send.call.inputs[0]
         receive.peer, receive.content = send.call.rank, source
-        matrix = np.zeros((len(self.ranks),) * 2, dtype=np.int64)
-        matrix[send.call.rank, receive.call.rank] = nbytes(source)
-        np.fill_diagonal(matrix, 0)
-        self.run.add_bytes(self.ranks, matrix)
+        calls = (send.call, receive.call)
+        ranks = tuple(self.ranks[call.rank] for call in calls)
+        matrix = np.array([[0, nbytes(source) if ranks[0] != ranks[1] else 0], [0, 0]], dtype=np.int64)
+        self.run.executed(Exchange("send", self, send.order, calls, ranks, matrix))
         send.executed = receive.executed = True
         for rank in send.waiting + receive.waiting:
             self.run.scheduler.ready(rank)

@@ -9,6 +9,7 @@ silently get wrong, and hands it to the group's `Channel`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,6 @@ class VirtualGroup(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank, self._size, self.channel = rank, size, channel
         self._coalesced: list[VirtualWork] | None = None
-        self._receiving: list[Call] = []
         self._name = ""
 
     def size(self) -> int:
@@ -91,13 +91,22 @@ class VirtualGroup(dist.ProcessGroup):
         if dtypes:
             agree["dtype"] = next(iter(dtypes)) if len(dtypes) == 1 else tuple(x.dtype for x in inputs)
         is_async = getattr(opts, "asyncOp", True)
-        if is_async:
-            inputs = poison(inputs, outputs)
-        call = Call(kind, self._rank, agree, inputs, outputs, self._where(), splits, deferred=is_async)
+        call = Call(
+            kind, self._rank, agree, inputs, outputs, self._where(), splits, is_async, _is_functional()
+        )
+        self._issue(call)
         work = VirtualWork(call, self.channel.meet(call, COLLECTIVES[kind]))
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
+
+    def _issue(self, call: Call) -> None:
+        """Tell the instruments, and make what the call receives useless until `wait()`."""
+        run = self.channel.run
+        run.scheduler.check(self.channel.ranks[self._rank])
+        run.instruments.issued(self.channel.ranks[self._rank], call)
+        if call.is_async:
+            call.inputs = poison(call.inputs, call.outputs)
 
     def _where(self) -> Lines:
         """The program's lines; in a joint backward, in which there are none, those that began it."""
@@ -240,16 +249,12 @@ class VirtualGroup(dist.ProcessGroup):
         check_transforms(kind)
         check_tensor(kind, tensor)
         agree = {"shape": _shapes([tensor]), "dtype": tensor.dtype}
-        call = Call(kind, self._rank, agree, [], [], self._where())
+        inputs, outputs = ([tensor], []) if sends else ([], [tensor])
+        call = Call(kind, self._rank, agree, inputs, outputs, self._where())
+        self._issue(call)
         if sends:
             with unobserved():
                 call.inputs = [tensor.detach().clone()]
-        else:
-            self._receiving = [other for other in self._receiving if not other.landed]
-            check_disjoint(kind, [tensor, *(output for other in self._receiving for output in other.outputs)])
-            self._receiving.append(call)
-            call.outputs = [tensor]
-            poison([], call.outputs)
         message = Message(self.channel, call, sends, peer, tag, self.channel.run.next_order())
         self.channel.post(message)
         work = VirtualWork(call, message)
@@ -270,6 +275,12 @@ class VirtualGroup(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
+
+
+def _is_functional() -> bool:
+    """Whether the group's method was called by an operator, as functional collectives do, and not by Python code."""
+    caller = sys._getframe(3)
+    return caller.f_code.co_filename == torch._ops.__file__
 
 
 def _reduction(opts: Any) -> str:

@@ -23,22 +23,26 @@ class VirtualWork(dist.Work):
         super().__init__()
         self._call, self._place = call, place
         self._polls = 0
+        self._waited = False
 
     def wait(self, timeout: Any = None) -> bool:
         if not self._call.landed:
             self._place.wait(self._call)
+        if not self._waited:
+            self._waited = True
+            channel = self._place.channel
+            channel.run.instruments.waited(channel.ranks[self._call.rank], self._call)
         return True
 
     def is_completed(self) -> bool:
-        if self._call.landed:
-            return True
+        """Whether what the call receives has arrived, in which case it may be used as after `wait()`."""
         self._polls += 1
-        if self._polls > _POLLS_BEFORE_BLOCKING:
-            return self.wait()
         state = process_state.current()
-        if state is not None:
+        if state is not None and not self._place.executed:
             state.run.scheduler.step_aside(state.rank)
-        return self._place.executed
+        if self._place.executed or self._polls > _POLLS_BEFORE_BLOCKING:
+            return self.wait()
+        return False
 
     def is_success(self) -> bool:
         return self._call.landed

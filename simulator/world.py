@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,10 +19,13 @@ import torch.distributed._functional_collectives
 import torch.distributed.nn.functional
 from torch.utils import _pytree as pytree
 
-from . import joint, process_state
+from . import joint, observer, process_state
 from .errors import DeadlockError, WorldError
+from .hazards import Hazard, Hazards, Reports
 from .initialization import new_process_group, rendezvous
+from .instruments import Exchange, Instruments
 from .matching import Channel, Meeting, Waiting
+from .observer import Observer
 from .scheduler import Scheduler
 from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
@@ -39,9 +42,13 @@ class VirtualWorld:
             returns is tied together by one autograd node, so that `backward`, `torch.autograd.grad`, `gradcheck` and
             `gradgradcheck` outside of `run` go through all ranks' graphs and the collectives between them.
         seed: None runs the ranks in one fixed order; an integer draws another legal order, the same for the same seed.
+        hazards: what happens when a rank touches memory that is in flight, forgets a Work, races between two streams or
+            trains a module of another rank. "raise": the world stops with a `HazardError`. "record": it goes on, and
+            `hazards` lists them. "off": nobody looks, and no operation is watched.
+        ledger: keep a record of every collective, in `ledger`.
 
     Raises:
-        WorldError: size is no positive integer, or autograd or seed is not one of the above.
+        WorldError: size is no positive integer, or another argument is not one of the above.
 
     Examples:
         >>> def body():
@@ -53,7 +60,13 @@ class VirtualWorld:
     """
 
     def __init__(
-        self, size: int, autograd: Literal["faithful", "joint"] = "faithful", seed: int | None = None
+        self,
+        size: int,
+        autograd: Literal["faithful", "joint"] = "faithful",
+        seed: int | None = None,
+        *,
+        hazards: Literal["raise", "record", "off"] = "raise",
+        ledger: bool = True,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")
@@ -61,8 +74,13 @@ class VirtualWorld:
             raise WorldError(f"autograd={autograd!r} is no mode.\n  Use 'faithful' or 'joint'.")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise WorldError(f"seed={seed!r} is no integer.\n  Pass an integer, or None for the fixed order.")
+        if hazards not in ("raise", "record", "off"):
+            raise WorldError(f"hazards={hazards!r} is no policy.\n  Use 'raise', 'record' or 'off'.")
+        if not isinstance(ledger, bool):
+            raise WorldError(f"ledger={ledger!r}.\n  Use True or False.")
         self.size, self.autograd, self.seed = int(size), autograd, seed
-        self._last = Run(self.size, seed)
+        self._make_run = lambda: Run(self.size, seed, Reports(hazards))
+        self._last = self._make_run()
 
     @property
     def bytes(self) -> np.ndarray:
@@ -72,6 +90,11 @@ class VirtualWorld:
         """
         return self._last.bytes.copy()
 
+    @property
+    def hazards(self) -> list[Hazard]:
+        """What a run with hazards="record" has found, in that order."""
+        return list(self._last.reports.found.values())
+
     def run(self, fn: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
         """Call `fn(*args, **kwargs)` on every rank, and return the results by rank.
 
@@ -79,6 +102,7 @@ class VirtualWorld:
             CollectiveMismatchError: ranks disagree on a collective; the message says where each rank stands.
             DeadlockError: no rank can go on; likewise.
             Exception: what `fn` raises on a rank comes out as the same object, with a note that names the rank.
+            HazardError: a rank did what `hazards` looks for.
             UnsupportedTransformError: called under forward-mode AD or inside a functorch transform.
         """
         if not callable(fn):
@@ -86,17 +110,19 @@ class VirtualWorld:
                 f"run() got {fn!r}, which cannot be called.\n  Pass the function that every rank runs."
             )
         joint.refuse_transforms((args, kwargs))
-        self._last = run = Run(self.size, self.seed)
+        self._last = run = self._make_run()
         if self.autograd == "joint":
             return joint.run(run, fn, args, kwargs)
         return run.execute(lambda rank: fn(*args, **kwargs))
 
 
 class Run:
-    """One call of `VirtualWorld.run`: its ranks' process states, its groups, and its count of bytes."""
+    """One call of `VirtualWorld.run`: its ranks' process states, its groups, its count of bytes and its instruments."""
 
-    def __init__(self, size: int, seed: int | None) -> None:
-        self.size, self.seed = size, seed
+    def __init__(self, size: int, seed: int | None, reports: Reports) -> None:
+        self.size, self.seed, self.reports = size, seed, reports
+        watching = [] if reports.policy == "off" else [Hazards(size, reports)]
+        self.instruments = Instruments(watching)
         self.bytes = np.zeros((size, size), dtype=np.int64)
         self.store = VirtualStore(self)
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
@@ -113,7 +139,7 @@ class Run:
 
         def enter_body(rank: int) -> None:
             self._states[rank].adopt_thread()
-            with modes():
+            with modes(), Observer(rank, self.instruments):
                 results[rank] = body(rank)
                 _wait_for_functional_collectives(results[rank])
             self._states[rank].leave_thread()
@@ -121,7 +147,7 @@ class Run:
         self._states = self._states or [
             process_state.ProcessState(self, rank, self.size) for rank in range(self.size)
         ]
-        with process_state.virtual_processes(self._states, new_process_group, rendezvous):
+        with process_state.virtual_processes(self._states, new_process_group, rendezvous), observer.routed():
             for state in self._states:
                 state.groups.reopen()
             self.scheduler = Scheduler(
@@ -131,8 +157,10 @@ class Run:
                 leave=lambda rank: self._states[rank].leave(),
                 explain_deadlock=self._deadlock,
             )
+            self.reports.scheduler = self.scheduler
             self.scheduler.run(enter_body)
         self._check_finished()
+        self.instruments.finish()
         return results
 
     def _check_finished(self) -> None:
@@ -153,9 +181,10 @@ class Run:
         """The group of all ranks, for a program that does not call init_process_group itself."""
         dist.init_process_group("gloo", init_method="env://")
 
-    def add_bytes(self, ranks: Sequence[int], matrix: np.ndarray) -> None:
-        """Count bytes [sender, receiver] of a group."""
-        self.bytes[np.ix_(ranks, ranks)] += matrix
+    def executed(self, exchange: Exchange) -> None:
+        """Count the bytes of a collective or a message, and tell the instruments."""
+        self.bytes[np.ix_(exchange.ranks, exchange.ranks)] += exchange.matrix
+        self.instruments.executed(exchange)
 
     def next_order(self) -> int:
         """Numbers that only grow: messages are matched oldest first."""

@@ -273,7 +273,7 @@ def test_asynchronous_outputs_are_poisoned_until_wait(dtype):
         work.wait()
         return early, later, output
 
-    for early, later, output in VirtualWorld(2).run(body):
+    for early, later, output in VirtualWorld(2, hazards="off").run(body):
         assert not (early == 1).any() and not (later == 1).any()
         assert (output == 1).all()
 
@@ -290,7 +290,7 @@ def test_a_received_message_lands_in_wait_and_an_asynchronous_reduction_reads_be
             work.wait()
         return early, received.tolist(), x.tolist()
 
-    for rank, (early, received, x) in enumerate(VirtualWorld(2).run(body)):
+    for rank, (early, received, x) in enumerate(VirtualWorld(2, hazards="off").run(body)):
         assert early[0].isnan().all() and early[1].isnan().all()
         assert received == [1.0 - rank] * 2 and x == [6.0, 6.0]
 
