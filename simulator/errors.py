@@ -67,3 +67,11 @@ class StreamRaceError(HazardError):
 
 class SharedModuleError(HazardError):
     """Several ranks train one and the same parameter, which on hardware each has a copy of."""
+
+
+class StreamError(SimulatorError):
+    """A virtual stream or event is used where there is none: outside of a rank, on another rank, or for its time."""
+
+
+class ClusterError(SimulatorError, ValueError):
+    """A cluster model that cannot be: an unknown name, a number that is no number, or more ranks than devices."""
