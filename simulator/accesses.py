@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -65,25 +66,69 @@ def results_of(operation: Any, result: Any) -> list[Access]:
     return [Access(x, False, True) for x in values if isinstance(x, Tensor)]
 
 
-def touches(tensor: Tensor, first: int, end: int) -> bool:
-    """Whether an element of the tensor lies among the bytes [first, end) of the process's memory."""
-    start = tensor.data_ptr()
-    if not start or start >= end or not tensor.numel():
-        return False
-    width = tensor.element_size()
-    dims = sorted(
-        (
-            (stride * width, size)
-            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-            if size > 1
-        ),
-        reverse=True,
+def allocates(operation: Any) -> bool:
+    """Whether an operation's results are memory of their own, filled or not."""
+    return _makes_memory(operation) or "empty" in _name(operation) or _name(operation) == "lift_fresh"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Bytes of the process's memory: from `start`, `width` bytes for each index of `dims`.
+
+    Attributes:
+        dims: (stride in bytes, size) of each dim, the largest stride first; none for bytes without a gap.
+    """
+
+    start: int
+    dims: tuple[tuple[int, int], ...]
+    width: int
+
+    @property
+    def first(self) -> int:
+        """The first byte."""
+        return self.start
+
+    @property
+    def end(self) -> int:
+        """Behind the last byte."""
+        return self.start + self.width + sum(stride * (size - 1) for stride, size in self.dims)
+
+    def meets(self, other: Region) -> bool:
+        """Whether a byte belongs to both."""
+        if self.first >= other.end or other.first >= self.end:
+            return False
+        if not self.dims:
+            return _touches(other.start, other.dims, other.width, self.first, self.end)
+        if not other.dims:
+            return _touches(self.start, self.dims, self.width, other.first, other.end)
+        return bool(np.isin(self._bytes(), other._bytes()).any())
+
+    def covers(self, other: Region) -> bool:
+        """Whether all bytes of the other belong to this one, which must be without a gap."""
+        return self == other or (not self.dims and self.first <= other.first and other.end <= self.end)
+
+    def _bytes(self) -> np.ndarray:
+        places = np.arange(self.start, self.start + self.width)
+        for stride, size in self.dims:
+            places = (places[:, None] + stride * np.arange(size)).reshape(-1)
+        return places
+
+
+def region_of(tensor: Tensor) -> Region:
+    """The bytes of a tensor's elements."""
+    width, start = tensor.element_size(), tensor.data_ptr()
+    if not start:  # no memory, as on the device "meta"
+        return Region(0, (), 0)
+    if tensor.is_contiguous():
+        return Region(start, (), width * tensor.numel())
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    return Region(
+        start, tuple(sorted(((x * width, size) for x, size in dims if size > 1), reverse=True)), width
     )
-    return _touches(start, dims, width, first, end)
 
 
-def _touches(start: int, dims: list[tuple[int, int]], width: int, first: int, end: int) -> bool:
-    """The same for dims as (stride, size) in bytes, the largest stride first."""
+def _touches(start: int, dims: Sequence[tuple[int, int]], width: int, first: int, end: int) -> bool:
+    """Whether one of these bytes lies in [first, end)."""
     if not dims:
         return start < end and first < start + width
     (stride, size), inner = dims[0], dims[1:]
@@ -117,7 +162,7 @@ def _roles(operation: Any) -> tuple[list[Role] | None, dict[str, Role]]:
     """The roles of all arguments, by position and by name."""
     if not hasattr(operation, "_schema"):
         return None, {}
-    schema, name = operation._schema, operation._schema.name.split("::")[-1]
+    schema, name = operation._schema, _name(operation)
     untouched = (
         name in _SHAPES_ONLY.split()
         or operation.namespace in _COMMUNICATION
@@ -137,11 +182,14 @@ def _roles(operation: Any) -> tuple[list[Role] | None, dict[str, Role]]:
 
 @cache
 def _makes_memory(operation: Any) -> bool:
-    """Whether its results are neither views nor arguments; `empty` and its like write nothing."""
+    """Whether it fills memory that it has allocated: its results are neither views nor arguments, nor left unfilled."""
     if not hasattr(operation, "_schema"):
-        return True
-    schema = operation._schema
-    name = schema.name.split("::")[-1]
+        return not isinstance(operation, str)
+    name = _name(operation)
     if operation.namespace in _COMMUNICATION or name in ("_unsafe_view", "record_stream") or "empty" in name:
         return False
-    return not name.startswith("unsafe_") and all(x.alias_info is None for x in schema.returns)
+    return not name.startswith("unsafe_") and all(x.alias_info is None for x in operation._schema.returns)
+
+
+def _name(operation: Any) -> str:
+    return operation._schema.name.split("::")[-1] if hasattr(operation, "_schema") else str(operation)

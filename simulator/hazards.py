@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .accesses import Access, touches
-from .buffers import nbytes, unobserved
+from .accesses import Access, Region, region_of
+from .buffers import unobserved
 from .errors import (
     EarlyAccessError,
     HazardError,
@@ -76,12 +76,13 @@ class InFlight:
     """A call between its issue and its wait.
 
     Attributes:
-        ranges: (first, end, is output) of the process's memory, for each buffer.
+        regions: the memory of each buffer, and whether it is an output. An input that is part of an output is not
+            there: the in-place forms.
         contents: each input with a copy of what it held, to find writes that are no operation of PyTorch.
     """
 
     call: Call
-    ranges: list[tuple[int, int, bool]]
+    regions: list[tuple[Region, bool]]
     contents: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -103,15 +104,12 @@ class Hazards(Instrument):
         if own:
             self._check_other_calls(rank, call, own)
         if call.is_async:
-            ranges = [(*_range(x), True) for x in call.outputs]
-            ranges += [(*_range(x), False) for x in call.inputs if not _is_part_of(x, ranges)]
+            outputs = [region_of(x) for x in call.outputs]
+            inputs = [x for x in call.inputs if not any(region.covers(region_of(x)) for region in outputs)]
+            regions = [(region, True) for region in outputs] + [(region_of(x), False) for x in inputs]
             with unobserved():
-                contents = [
-                    (x, x.detach().clone())
-                    for x in call.inputs
-                    if not _is_part_of(x, ranges[: len(call.outputs)])
-                ]
-            own[call] = InFlight(call, ranges, contents)
+                contents = [(x, x.detach().clone()) for x in inputs]
+            own[call] = InFlight(call, regions, contents)
 
     def waited(self, rank: int, call: Call) -> None:
         flight = self._in_flight[rank].pop(call, None)
@@ -131,8 +129,8 @@ class Hazards(Instrument):
     def before(self, rank: int, operation: Any, accesses: Sequence[Access]) -> None:
         for access in accesses:
             for flight in self._in_flight[rank].values():
-                for first, end, is_output in flight.ranges:
-                    if (is_output or access.writes) and touches(access.tensor, first, end):
+                for region, is_output in flight.regions:
+                    if (is_output or access.writes) and region.meets(region_of(access.tensor)):
                         self._touched(rank, operation, access, flight.call, is_output)
                         return
 
@@ -148,8 +146,8 @@ class Hazards(Instrument):
                 continue
             for tensors, writes in ((call.outputs, True), (call.inputs, False)):
                 for tensor in tensors:
-                    for first, end, is_output in flight.ranges:
-                        if (is_output or writes) and touches(tensor, first, end):
+                    for region, is_output in flight.regions:
+                        if (is_output or writes) and region.meets(region_of(tensor)):
                             self._report(
                                 rank,
                                 OverlappingCallsError,
@@ -209,16 +207,6 @@ class Hazards(Instrument):
                 )
                 self._reports.add(rank, error, here, where)
                 return
-
-
-def _range(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + nbytes(tensor)
-
-
-def _is_part_of(tensor: Tensor, ranges: Sequence[tuple[int, int, bool]]) -> bool:
-    """Whether the tensor lies in an output of the same call: the in-place forms."""
-    first, end = _range(tensor)
-    return any(is_output and low <= first and end <= high for low, high, is_output in ranges)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

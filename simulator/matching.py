@@ -31,6 +31,7 @@ class Call:
 
     Attributes:
         kind: name of the collective.
+        group: the channel of its process group.
         rank: rank within the group.
         agree: what all ranks must pass alike, by name: dtype, shape, root, reduction.
         inputs: tensors that are read.
@@ -43,6 +44,7 @@ class Call:
     """
 
     kind: str
+    group: Channel
     rank: int
     agree: dict[str, Any]
     inputs: Sequence[Tensor]

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type,
 )
 
-from . import process_state
+from . import process_state, streams
 from .accesses import Access, accesses_of, results_of
 from .buffers import unobserved
 from .instruments import Instruments
 
+_WITH_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _READING_METHODS = ("tolist", "numpy", "__dlpack__", "__deepcopy__", "__reduce_ex__")
 
 
@@ -64,6 +65,8 @@ class Observer(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a subclass, such as DTensor, takes itself apart first
+        if any(kind not in _WITH_MEMORY for kind in types):  # a fake tensor
+            return operation(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         rank = self._rank
         watching = [x for x in self._watching if x.is_watching(rank)]
@@ -91,13 +94,15 @@ _never_compile(Observer.__torch_dispatch__)
 
 @contextlib.contextmanager
 def routed() -> Iterator[None]:
-    """While this is open, rank threads report what does not come through an operation."""
+    """While this is open, rank threads report what does not come through an operation, and streams are virtual."""
     if process_state.current() is not None:  # a world inside of a rank
         yield
         return
     with contextlib.ExitStack() as undo:
         for name in _READING_METHODS:
             _replace(undo, Tensor, name, _reading(getattr(Tensor, name), name))
+        for owner, name, replacement in streams.replacements():
+            _replace(undo, owner, name, replacement)
         _replace(undo, torch.autograd, "_engine_run_backward", _beginning_backward)
         yield
 

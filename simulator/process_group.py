@@ -91,8 +91,9 @@ class VirtualGroup(dist.ProcessGroup):
         if dtypes:
             agree["dtype"] = next(iter(dtypes)) if len(dtypes) == 1 else tuple(x.dtype for x in inputs)
         is_async = getattr(opts, "asyncOp", True)
+        where = self._where()
         call = Call(
-            kind, self._rank, agree, inputs, outputs, self._where(), splits, is_async, _is_functional()
+            kind, self.channel, self._rank, agree, inputs, outputs, where, splits, is_async, _is_functional()
         )
         self._issue(call)
         work = VirtualWork(call, self.channel.meet(call, COLLECTIVES[kind]))
@@ -250,7 +251,7 @@ class VirtualGroup(dist.ProcessGroup):
         check_tensor(kind, tensor)
         agree = {"shape": _shapes([tensor]), "dtype": tensor.dtype}
         inputs, outputs = ([tensor], []) if sends else ([], [tensor])
-        call = Call(kind, self._rank, agree, inputs, outputs, self._where())
+        call = Call(kind, self.channel, self._rank, agree, inputs, outputs, self._where())
         self._issue(call)
         if sends:
             with unobserved():

@@ -29,6 +29,7 @@ from .observer import Observer
 from .scheduler import Scheduler
 from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
+from .streams import Streams
 
 Result = TypeVar("Result")
 
@@ -121,8 +122,10 @@ class Run:
 
     def __init__(self, size: int, seed: int | None, reports: Reports) -> None:
         self.size, self.seed, self.reports = size, seed, reports
-        watching = [] if reports.policy == "off" else [Hazards(size, reports)]
-        self.instruments = Instruments(watching)
+        self.streams = Streams(size, reports)
+        self.instruments = Instruments(
+            [] if reports.policy == "off" else [Hazards(size, reports), self.streams]
+        )
         self.bytes = np.zeros((size, size), dtype=np.int64)
         self.store = VirtualStore(self)
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
