@@ -6,7 +6,7 @@ by byte ranges, so that the other half of a flat buffer is no access, and views 
 
 from __future__ import annotations
 
-import gc
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -214,10 +214,13 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def _name_of(parameter: Tensor) -> str:
-    """The name under which a module holds it, as ` 'weight'`."""
-    for holder in gc.get_referrers(parameter):
-        if isinstance(holder, dict):
-            for name, value in list(holder.items()):
-                if value is parameter and isinstance(name, str):
-                    return f" {name!r}"
+    """Its name, as ` 'weight'`, in the nearest module that a function on the stack has at hand."""
+    frame = sys._getframe()
+    while frame is not None:
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, torch.nn.Module):
+                for name, own in value.named_parameters():
+                    if own is parameter:
+                        return f" {name!r}"
+        frame = frame.f_back  # type: ignore[assignment]
     return ""
