@@ -1,5 +1,6 @@
 """Buffers in flight, forgotten Works and shared modules are reported; programs that are right are not."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -136,7 +137,7 @@ def test_an_input_may_not_be_written_in_flight(write):
         write(x)
         work.wait()
 
-    with pytest.raises(InFlightWriteError, match="rank 0"):
+    with pytest.raises(InFlightWriteError, match=r"rank [01]: .* in body"):
         VirtualWorld(2).run(body)
 
 
@@ -241,10 +242,8 @@ def test_a_work_that_says_it_is_complete_may_be_used():
 def test_swallowing_the_error_does_not_help():
     def body():
         work, x = in_flight()
-        try:
+        with contextlib.suppress(HazardError):
             x.sum()
-        except HazardError:
-            pass
         work.wait()
         return x
 
