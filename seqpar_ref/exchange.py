@@ -177,8 +177,7 @@ class _Exchange(torch.autograd.Function):
         ctx.reverse = (group, incoming, outgoing)
         ctx.save_for_backward(tensors[0].new_empty(0))
         sent = outgoing.pack(tensors)
-        received = incoming.new_buffer(tensors[0].dtype)
-        chunks = received.view(-1)[: incoming.size]
+        received, chunks = incoming.new_buffer(tensors[0].dtype)
         group.all_to_all_single(chunks, sent, incoming.splits, outgoing.splits)
         return incoming.unpack(received)
 

@@ -110,37 +110,39 @@ class Cut:
                 self._pieces(buffer, index).copy_(self._by_rank(tensor))
         else:
             rows = [
-                tensor.unflatten(-1, (-1, self.row)).narrow(self.dim, first, end - first)
+                stretch
                 for part, tensor in zip(self.parts, travelling, strict=True)
-                for first, end, _ in part.runs.stretches
+                for stretch in self._in_stretches(part, tensor.unflatten(-1, (-1, self.row)))
             ]
             written = [table for positions in self._positions for table in positions.written]
             write_rows(buffer.view(-1, self.row), written, rows)
         return buffer
 
-    def new_buffer(self, dtype: torch.dtype) -> Tensor:
-        """An empty tensor whose first `size` elements are to receive the chunks, for `unpack`."""
+    def new_buffer(self, dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, " size"]]:
+        """An empty tensor for `unpack`, and the flat view of it that is to receive the chunks."""
         if self.in_order:
-            return torch.empty(self.parts[0].shape, dtype=dtype, device=self.device)
-        return torch.empty(self.size + self.row, dtype=dtype, device=self.device)
+            buffer = torch.empty(self.parts[0].shape, dtype=dtype, device=self.device)
+            return buffer, buffer.view(-1)
+        buffer = torch.empty(self.size + self.row, dtype=dtype, device=self.device)
+        return buffer, buffer[: self.size]
 
     def unpack(self, buffer: Float[Tensor, "..."]) -> tuple[Float[Tensor, "_ _ _ _"], ...]:
         """The tensors whose chunks the buffer received. The copies of one head are summed in rank order."""
         if self.in_order:
             return (buffer,)
-        return tuple(self._read(buffer, index) for index in range(len(self.parts)))
-
-    def _read(self, buffer: Float[Tensor, " buffer"], index: int) -> Float[Tensor, "_ _ _ _"]:
-        part = self.parts[index]
-        if self.even and part.window is None:
-            tensor = buffer.new_empty(part.shape)
-            self._by_rank(tensor).copy_(self._pieces(buffer, index))
-            return tensor
+        if self.even and all(part.window is None for part in self.parts):
+            tensors = tuple(buffer.new_empty(part.shape) for part in self.parts)
+            for index, tensor in enumerate(tensors):
+                self._by_rank(tensor).copy_(self._pieces(buffer, index))
+            return tensors
         rows = buffer.view(-1, self.row)
-        positions = self._positions[index]
+        return tuple(self._read(rows, index) for index in range(len(self.parts)))
+
+    def _read(self, rows: Float[Tensor, "_ row"], index: int) -> Float[Tensor, "_ _ _ _"]:
+        part, positions = self.parts[index], self._positions[index]
         if positions.bags is not None:
             return sum_rows(rows, positions.read, positions.bags).view(part.shape)
-        tensor = buffer.new_empty(part.shape)
+        tensor = rows.new_empty(part.shape)
         torch.index_select(rows, 0, positions.read, out=tensor.view(-1, self.row))
         return tensor
 
@@ -161,11 +163,19 @@ class Cut:
 
     def _pieces(self, buffer: Float[Tensor, " buffer"], index: int) -> Float[Tensor, "ranks _ _ _ _"]:
         """For equal chunks: every rank's piece of one tensor, as a view of the buffer."""
-        shape = self.parts[index].travelling
-        shape[self.dim] //= self.ranks
-        start = int(self.starts[index, 0])
-        chunks = buffer[: self.size].view(self.ranks, self.splits[0])
-        return chunks[:, start : start + math.prod(shape)].unflatten(1, shape)
+        a, b, c, d = (
+            size // self.ranks if dim == self.dim else size
+            for dim, size in enumerate(self.parts[index].travelling)
+        )
+        steps = (self.splits[0], b * c * d, c * d, d, 1)
+        return buffer.as_strided((self.ranks, a, b, c, d), steps, int(self.starts[index, 0]))
+
+    def _in_stretches(self, part: Part, tensor: Tensor) -> list[Tensor]:
+        """The tensor, or its positions, in the pieces that equally many ranks hold."""
+        stretches = part.runs.stretches
+        if len(stretches) == 1:
+            return [tensor]
+        return [tensor.narrow(self.dim, first, end - first) for first, end, _ in stretches]
 
     @cached_property
     def _positions(self) -> list[Positions]:
@@ -203,9 +213,9 @@ class Cut:
     ) -> Positions:
         address = starts[rank] + place
         table = self._to_tensor(address)
+        pieces = self._in_stretches(part, part.narrow(table))
         written = [
-            part.narrow(table).narrow(self.dim, first, end - first)[..., :copies]
-            for first, end, copies in part.runs.stretches
+            piece[..., :copies] for piece, (_, _, copies) in zip(pieces, part.runs.stretches, strict=True)
         ]
         if address.shape[-1] == 1 and present.all():
             return Positions(written, table.view(-1), None)

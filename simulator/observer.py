@@ -63,14 +63,11 @@ class Observer(TorchDispatchMode):
             _pop_mode()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+        if types and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a subclass, such as DTensor, takes itself apart first
-        if any(kind not in _WITH_MEMORY for kind in types):  # a fake tensor
-            return operation(*args, **(kwargs or {}))
-        kwargs = kwargs or {}
-        rank = self._rank
+        kwargs, rank = kwargs or {}, self._rank
         watching = [x for x in self._watching if x.is_watching(rank)]
-        if not watching:
+        if not watching or any(kind not in _WITH_MEMORY for kind in types):  # as a fake tensor
             return operation(*args, **kwargs)
         accesses = accesses_of(operation, args, kwargs)
         for instrument in watching:
