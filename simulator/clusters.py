@@ -15,7 +15,7 @@ Each number is one of these, or the preset says "assumed".
 | NVLink, each direction | 600/2 = 300e9 B/s (A100), 900/2 = 450e9 B/s (H100) | [A100], [H100] |
 | PCIe 4.0 x16, each direction | 16e9 * 16 lanes * 128/130 / 8 = 31.5e9 B/s | [PCIe] |
 | NIC | 200e9/8 = 25e9 B/s (HDR), 400e9/8 = 50e9 B/s (NDR), 8 of them for 8 devices | [DGX] |
-| part of the peak FLOP/s that a matrix product reaches | 0.869 (A100 SXM), 0.811 (A100 PCIe), 0.803 (H100 SXM) | [MAMF] |
+| part of the FLOP/s that a matrix product reaches | 0.869 (A100 SXM), 0.811 (A100 PCIe), 0.803 (H100 SXM) | [MAMF] |
 | part of the memory bandwidth | 0.9 at 100 MB (A100); the same is assumed for H100 | [Calculon] |
 | part of NVLink that NCCL reaches | 370/450 = 0.82 (H100), 235/300 = 0.78 (A100) | [NVLink], [NCCL 2.10] |
 | part of PCIe | 12/15.75 = 0.76: NCCL counts 12e9 B/s for PCIe 3.0 x16 | [NCCL topo] |
@@ -33,7 +33,7 @@ Each number is one of these, or the preset says "assumed".
 - [NVLink] github.com/NVIDIA/nccl-tests/issues/212, a maintainer's answer of 2024-05-06.
 - [NCCL 2.10] github.com/NVIDIA/nccl, src/graph/tuning.cc: `busBw` of compute capability 8.0 is at most 235.
 - [NCCL topo] the same, src/graph/topo.h: `PCI_BW`.
-- [NCCL] the same, src/graph/tuning.cc of version 2.20. LL is the protocol of small messages; a large one pays a
+- [NCCL] the same, src/graph/tuning.cc at commit b647562. LL is the protocol of small messages; a large one pays a
   few more microseconds a step (3.4 instead of 0.6 on NVLink), which are left out.
 - [A2A] github.com/NVIDIA/nccl-tests/issues/267: each device uses one NIC, which reaches 48 to 49e9 B/s.
 - [launch] forums.developer.nvidia.com/t/233645.
@@ -155,9 +155,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 A100_NODE = Cluster(
@@ -215,9 +213,7 @@ PCIE_NODE = replace(
 """8 A100 80 GB PCIe in one node, PCIe 4.0 x16 and no NVLink bridge. One network card is assumed; a single node has no
 use for it."""
 
-CLUSTERS = {
-    cluster.name: cluster for cluster in (A100_NODE, H100_NODE, A100_NODES, H100_NODES, PCIE_NODE)
-}
+CLUSTERS = {cluster.name: cluster for cluster in (A100_NODE, H100_NODE, A100_NODES, H100_NODES, PCIE_NODE)}
 """The presets by name."""
 
 

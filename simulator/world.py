@@ -20,6 +20,8 @@ import torch.distributed.nn.functional
 from torch.utils import _pytree as pytree
 
 from . import joint, observer, process_state
+from .clock import Clock
+from .clusters import Cluster
 from .errors import DeadlockError, WorldError
 from .hazards import Hazard, Hazards, Reports
 from .initialization import new_process_group, rendezvous
@@ -30,6 +32,7 @@ from .scheduler import Scheduler
 from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
 from .streams import Streams
+from .trace import Trace
 
 Result = TypeVar("Result")
 
@@ -47,8 +50,11 @@ class VirtualWorld:
             trains a module of another rank. "raise": the world stops with a `HazardError`. "record": it goes on, and
             `hazards` lists them. "off": nobody looks, and no operation is watched.
         ledger: keep a record of every collective, in `ledger`.
+        cluster: a model of hardware, by name ("h100-node", ...) or as a `Cluster`; `trace` then says how long the
+            program would take on it. None keeps no time.
 
     Raises:
+        ClusterError: there is no such cluster, or it has fewer devices than there are ranks.
         WorldError: size is no positive integer, or another argument is not one of the above.
 
     Examples:
@@ -68,6 +74,7 @@ class VirtualWorld:
         *,
         hazards: Literal["raise", "record", "off"] = "raise",
         ledger: bool = True,
+        cluster: str | Cluster | None = None,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")
@@ -80,7 +87,7 @@ class VirtualWorld:
         if not isinstance(ledger, bool):
             raise WorldError(f"ledger={ledger!r}.\n  Use True or False.")
         self.size, self.autograd, self.seed = int(size), autograd, seed
-        self._make_run = lambda: Run(self.size, seed, Reports(hazards))
+        self._make_run = lambda: Run(self.size, seed, Reports(hazards), cluster)
         self._last = self._make_run()
 
     @property
@@ -95,6 +102,20 @@ class VirtualWorld:
     def hazards(self) -> list[Hazard]:
         """What a run with hazards="record" has found, in that order."""
         return list(self._last.reports.found.values())
+
+    @property
+    def trace(self) -> Trace:
+        """When the last run did what, on the cluster. A joint backward adds to the run that it belongs to.
+
+        Raises:
+            WorldError: the world has no cluster.
+        """
+        if self._last.clock is None:
+            raise WorldError(
+                "the world has no cluster, so nothing has a time.\n"
+                "  Pass cluster, such as VirtualWorld(size, cluster='h100-node')."
+            )
+        return self._last.clock.trace()
 
     def run(self, fn: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
         """Call `fn(*args, **kwargs)` on every rank, and return the results by rank.
@@ -120,12 +141,14 @@ class VirtualWorld:
 class Run:
     """One call of `VirtualWorld.run`: its ranks' process states, its groups, its count of bytes and its instruments."""
 
-    def __init__(self, size: int, seed: int | None, reports: Reports) -> None:
+    def __init__(
+        self, size: int, seed: int | None, reports: Reports, cluster: str | Cluster | None = None
+    ) -> None:
         self.size, self.seed, self.reports = size, seed, reports
         self.streams = Streams(size, reports)
-        self.instruments = Instruments(
-            [] if reports.policy == "off" else [Hazards(size, reports), self.streams]
-        )
+        self.clock = None if cluster is None else Clock(size, cluster)
+        watching = [] if reports.policy == "off" else [Hazards(size, reports), self.streams]
+        self.instruments = Instruments(watching if self.clock is None else [*watching, self.clock])
         self.bytes = np.zeros((size, size), dtype=np.int64)
         self.store = VirtualStore(self)
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
