@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from torch.utils import _pytree as pytree
 
 from . import process_state
 from .accesses import Access, allocates, region_of
+from .clock import COMPUTE, Clock, Mark
 from .errors import StreamError, StreamRaceError
 from .hazards import Reports
 from .instruments import Instrument
 from .matching import Call
-from .races import DEFAULT, Clock, Timeline, Touch
+from .races import DEFAULT, Timeline, Touch
 from .source_lines import Lines, lines_text, program_lines
 
 _READ_BY_HOST = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "Tensor.tolist", "Tensor.numpy")
@@ -49,9 +50,11 @@ class Stream:
     """
 
     def __init__(self, device: Any = None, *, priority: int = 0, **options: Any) -> None:
-        self._board = _board()
-        self.stream_id = self._board.timeline.new_stream()
-        self.priority = priority
+        board = _board()
+        self._join_board(board, board.new_stream())
+
+    def _join_board(self, board: _Board, number: int) -> None:
+        self._board, self.stream_id = board, number
         self.device = torch.device("cpu")
         self._outside: list[Stream] = []
 
@@ -62,8 +65,8 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         """What comes next on this stream comes after the event; an event never recorded is no wait, as on CUDA."""
         board = self._checked()
-        if event._clock is not None:
-            board.timeline.join(board.timeline.clocks[self.stream_id], event._clock_of(board))
+        if event._moment is not None:
+            board.wait(self.stream_id, event._moment_of(board))
 
     def record_event(self, event: Event | None = None) -> Event:
         """An event that happens when all that this stream has been given so far is done."""
@@ -74,7 +77,7 @@ class Stream:
     def synchronize(self) -> None:
         """The host waits: what comes next on any stream comes after all that this one has been given."""
         board = self._checked()
-        board.timeline.join(board.timeline.host, board.timeline.clocks[self.stream_id])
+        board.host_waits(board.moment(self.stream_id))
 
     def query(self) -> bool:
         """True: all is done, and the host knows it."""
@@ -84,11 +87,11 @@ class Stream:
     def __enter__(self) -> Stream:
         board = self._checked()
         self._outside.append(board.current)
-        board.current = self
+        board.switch(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._checked().current = self._outside.pop()
+        self._checked().switch(self._outside.pop())
 
     def _checked(self) -> _Board:
         board = _board()
@@ -114,14 +117,14 @@ class Event:
     """
 
     def __init__(self, device: Any = None, enable_timing: bool = False, **options: Any) -> None:
-        self._clock: Clock | None = None
+        self._moment: Moment | None = None
         self._recorded_on: _Board | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         """Stand behind all that the stream, else the current one, has been given so far."""
         stream = current_stream() if stream is None else stream
         board = stream._checked()
-        self._clock, self._recorded_on = dict(board.timeline.clocks[stream.stream_id]), board
+        self._moment, self._recorded_on = board.moment(stream.stream_id), board
 
     def wait(self, stream: Stream | None = None) -> None:
         """The stream, else the current one, waits for this event."""
@@ -130,8 +133,8 @@ class Event:
     def synchronize(self) -> None:
         """The host waits for this event."""
         board = _board()
-        if self._clock is not None:
-            board.timeline.join(board.timeline.host, self._clock_of(board))
+        if self._moment is not None:
+            board.host_waits(self._moment_of(board))
 
     def query(self) -> bool:
         """True: what stands before it is done, and the host knows it."""
@@ -144,12 +147,12 @@ class Event:
             "a virtual event has no time.\n  Pass cluster= to VirtualWorld and look at `world.trace`."
         )
 
-    def _clock_of(self, board: _Board) -> Clock:
-        if self._clock is None or board is not self._recorded_on:
+    def _moment_of(self, board: _Board) -> Moment:
+        if self._moment is None or board is not self._recorded_on:
             raise StreamError(
                 "an event of another rank, or of another run, is waited for.\n  Record one there."
             )
-        return self._clock
+        return self._moment
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -164,7 +167,7 @@ def default_stream(device: Any = None) -> Stream:
 
 def set_stream(stream: Stream) -> None:
     """Make a stream the current one."""
-    stream._checked().current = stream
+    stream._checked().switch(stream)
 
 
 @contextlib.contextmanager
@@ -177,21 +180,58 @@ def stream(stream: Stream | None) -> Iterator[None]:
 def synchronize(device: Any = None) -> None:
     """The host waits for all streams of the rank."""
     board = _board()
-    for clock in board.timeline.clocks.values():
-        board.timeline.join(board.timeline.host, clock)
+    for number in board.names:
+        board.host_waits(board.moment(number))
+
+
+class Moment(NamedTuple):
+    """A place behind all that a stream has been given so far: what had happened, and the mark in virtual time."""
+
+    happened: dict[int, int]
+    mark: Mark | None
 
 
 class _Board:
-    """One rank's streams, from the first time that its program asks for one."""
+    """One rank's streams, from the first time that its program asks for one. `clock` is there if time is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, clock: Clock | None) -> None:
+        self.rank, self.clock = rank, clock
         self.timeline = Timeline()
-        self.default = Stream.__new__(Stream)
-        self.default._board, self.default.stream_id, self.default.priority = self, DEFAULT, 0
-        self.default.device, self.default._outside = torch.device("cpu"), []
-        self.current = self.default
         self.names = {DEFAULT: "the default stream"}
         self.of_groups: dict[Any, int] = {}
+        self.default = self.current = Stream.__new__(Stream)
+        self.default._join_board(self, DEFAULT)
+
+    def new_stream(self, name: str = "") -> int:
+        number = self.timeline.new_stream()
+        self.names[number] = name or f"stream {number}"
+        return number
+
+    def switch(self, stream: Stream) -> None:
+        self.current = stream
+        if self.clock is not None:
+            self.clock.switch(self.rank, self._lane(stream.stream_id))
+
+    def moment(self, number: int) -> Moment:
+        mark = None
+        if self.clock is not None and number not in self.of_groups.values():
+            mark = self.clock.mark(self.rank, self._lane(number))
+        return Moment(dict(self.timeline.clocks[number]), mark)
+
+    def wait(self, number: int, moment: Moment) -> None:
+        """What a stream is given from now on comes after the moment."""
+        self.timeline.join(self.timeline.clocks[number], moment.happened)
+        if self.clock is not None and moment.mark is not None:
+            self.clock.join(self.rank, moment.mark, self._lane(number))
+
+    def host_waits(self, moment: Moment) -> None:
+        """What any stream is given from now on comes after the moment."""
+        self.timeline.join(self.timeline.host, moment.happened)
+        if self.clock is not None and moment.mark is not None:
+            self.clock.synchronize(self.rank, moment.mark)
+
+    def _lane(self, number: int) -> str:
+        return COMPUTE if number == DEFAULT else self.names[number]
 
 
 class Streams(Instrument):
@@ -199,16 +239,16 @@ class Streams(Instrument):
 
     watches_operations = True
 
-    def __init__(self, size: int, reports: Reports) -> None:
-        self._reports = reports
+    def __init__(self, size: int, reports: Reports, clock: Clock | None) -> None:
+        self._reports, self._clock = reports, clock
         self._boards: list[_Board | None] = [None] * size
-        self._pending: list[dict[Call, Clock | None]] = [{} for _ in range(size)]
+        self._pending: list[dict[Call, dict[int, int] | None]] = [{} for _ in range(size)]
 
     def board(self, rank: int) -> _Board:
         """The rank's streams; made, with what is in flight, when they are first asked for."""
         board = self._boards[rank]
         if board is None:
-            board = self._boards[rank] = _Board()
+            board = self._boards[rank] = _Board(rank, self._clock)
             for call in self._pending[rank]:
                 self._communicate(rank, board, call)
         return board
@@ -227,8 +267,9 @@ class Streams(Instrument):
         timeline = board.timeline
         number = board.of_groups.get(call.group)
         if number is None:
-            number = board.of_groups[call.group] = timeline.new_stream()
-            board.names[number] = f"the communication stream of {call.group}"
+            number = board.of_groups[call.group] = board.new_stream(
+                f"the communication stream of {call.group}"
+            )
         timeline.join(timeline.clocks[number], timeline.clocks[board.current.stream_id])
         operation = timeline.launch(number)
         for tensors, writes in ((call.inputs, False), (call.outputs, True)):
@@ -245,9 +286,8 @@ class Streams(Instrument):
     def backward(self, rank: int, tensors: Sequence[Tensor], inputs: Any, accumulates: bool) -> None:
         board = self._boards[rank]
         if board is not None:
-            clocks = board.timeline.clocks
-            for clock in list(clocks.values()):
-                board.timeline.join(clocks[board.current.stream_id], clock)
+            for number in board.names:
+                board.wait(board.current.stream_id, board.moment(number))
 
     def before(self, rank: int, operation: Any, accesses: Sequence[Access]) -> None:
         if isinstance(operation, str):  # a method that is no operation: `after` is not called
@@ -268,14 +308,14 @@ class Streams(Instrument):
                 touch = Touch(region_of(access.tensor), number, place, access.writes, name, where)
                 self._touch(rank, board, access.tensor, touch)
         if str(operation).removeprefix("aten.").removesuffix(".default") in _READ_BY_HOST:
-            board.timeline.join(board.timeline.host, board.timeline.clocks[number])
+            board.host_waits(board.moment(number))
 
     def _touch(self, rank: int, board: _Board, tensor: Tensor, touch: Touch) -> None:
         for earlier in list(board.timeline.touch(tensor, touch)):
             self._report(rank, board, earlier, touch)
 
     def _report(self, rank: int, board: _Board, earlier: Touch, later: Touch) -> None:
-        names = [board.names.get(touch.stream, f"stream {touch.stream}") for touch in (earlier, later)]
+        names = [board.names[touch.stream] for touch in (earlier, later)]
         advice = f"wait_stream({names[0]}), or wait_event with an event recorded after the earlier access"
         if earlier.stream in board.of_groups.values():
             advice = f"call wait() on the Work while {names[1]} is current"

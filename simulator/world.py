@@ -145,8 +145,8 @@ class Run:
         self, size: int, seed: int | None, reports: Reports, cluster: str | Cluster | None = None
     ) -> None:
         self.size, self.seed, self.reports = size, seed, reports
-        self.streams = Streams(size, reports)
         self.clock = None if cluster is None else Clock(size, cluster)
+        self.streams = Streams(size, reports, self.clock)
         watching = [] if reports.policy == "off" else [Hazards(size, reports), self.streams]
         self.instruments = Instruments(watching if self.clock is None else [*watching, self.clock])
         self.bytes = np.zeros((size, size), dtype=np.int64)

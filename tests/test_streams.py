@@ -393,3 +393,27 @@ def test_regions_meet_where_tensors_share_a_byte():
             assert bytes_of(other) <= bytes_of(one)
         met += expected
     assert 100 < met < 1900
+
+
+def test_streams_are_lanes_of_virtual_time():
+    """Two streams compute at once; an event makes one wait for the other."""
+
+    def body(waits):
+        x = torch.ones(1024, 1024)
+        stream = side()
+        with stream:
+            x @ x
+        if waits:
+            torch.accelerator.current_stream().wait_stream(stream)
+        x @ x
+
+    def multiplications(waits):
+        world = VirtualWorld(1, cluster="h100-node")
+        world.run(body, waits)
+        spans = {span.lane: span for span in world.trace.spans if span.name == "aten.mm.default"}
+        return spans["compute"], spans["stream 1"]
+
+    on_default, on_side = multiplications(waits=False)
+    assert on_default.start == on_side.start
+    on_default, on_side = multiplications(waits=True)
+    assert on_default.start == on_side.start + on_side.duration
