@@ -41,6 +41,9 @@ from .trace import Arrow, Span, Trace
 COMPUTE = "compute"
 """The lane of what is on no other stream."""
 
+_HOST = "host"
+"""The lane of the host, which does nothing but wait."""
+
 MOST_ARROWS = 256
 """A collective with more pairs of ranks that exchange bytes keeps this many of them, or one for each sender."""
 
@@ -168,10 +171,11 @@ class Clock(Instrument):
 
     def synchronize(self, rank: int, mark: Mark) -> None:
         """The host waits for a mark: so does all that comes next on any lane of the rank, also on new ones."""
-        self._host[rank] = mark
-        for (owner, _), notes in self._notes.items():
-            if owner == rank:
-                notes.append(Join(mark))
+        self.join(rank, mark, _HOST)
+        self._host[rank] = reached = self.mark(rank, _HOST)
+        for (owner, lane), notes in self._notes.items():
+            if owner == rank and lane != _HOST:
+                notes.append(Join(reached))
 
     def _lane(self, rank: int, lane: str | None) -> list[Note]:
         key = rank, self._current[rank] if lane is None else lane

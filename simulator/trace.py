@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .clusters import Cluster
 
 if TYPE_CHECKING:
-    from .draw import Picture
+    from .pictures import Picture
 
 COMMUNICATION = ("communication", "send", "receive")
 """The lanes of transfers: collectives, and the two directions of messages. All others compute."""
@@ -132,7 +132,7 @@ class Trace:
 
     def draw(self) -> Picture:
         """The timeline as a figure: a row for each lane of each rank."""
-        from .draw import draw_timeline
+        from .draw_runs import draw_timeline
 
         return draw_timeline([span[:5] for span in self.spans])
 

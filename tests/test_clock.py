@@ -421,6 +421,20 @@ def test_lanes_of_streams_wait_where_they_are_told_to():
     ]
 
 
+def test_a_host_that_has_waited_for_several_lanes_begins_a_new_one_after_all_of_them():
+    def body():
+        streams = [torch.Stream() for _ in range(2)]
+        for seconds, stream in zip((7, 3), streams, strict=True):
+            with stream:
+                compute(seconds)
+        for stream in streams:
+            stream.synchronize()
+        with torch.Stream():
+            compute(1)
+
+    assert timeline(run(1, body), 0) == [("stream 1", 0, 7), ("stream 2", 0, 3), ("stream 3", 7, 8)]
+
+
 def test_a_wait_holds_only_the_lane_on_which_it_is_called():
     def body():
         clock, rank = world._last.clock, dist.get_rank()
