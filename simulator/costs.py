@@ -117,7 +117,7 @@ class Cost(NamedTuple):
 
 
 class OperationCosts:
-    """The costs of operations on one cluster. FLOPs are counted once for each operation and its shapes."""
+    """The costs of operations on one cluster. FLOPs are counted once for the same shapes of arguments and results."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -140,8 +140,7 @@ class OperationCosts:
             counter = self._counters[operation] = _counter(operation)
         if counter is None:
             return Cost(self._launch + moved / self._memory_rate, 0, moved)
-        numbers = repr([x for x in args if not isinstance(x, Tensor)])  # of a convolution: its strides
-        key = (operation, numbers, accesses[0].tensor.dtype, *[x.tensor.shape for x in accesses])
+        key = (operation, accesses[0].tensor.dtype, *[x.tensor.shape for x in accesses])
         if key not in self._flops:
             flops = int(counter(*args, **kwargs, out_val=result))
             self._flops[key] = flops, flops / self._cluster.flops_per_second(accesses[0].tensor.dtype)

@@ -4,6 +4,8 @@ On `TINY` writing n bytes takes n seconds, and so does sending n bytes inside a 
 is no latency. All numbers are integers or halves, so that times are compared exactly.
 """
 
+import gc
+import weakref
 from dataclasses import fields, replace
 
 import numpy as np
@@ -93,8 +95,10 @@ def test_an_operation_takes_the_longer_of_computing_and_moving_after_its_launch(
     assert timeline(run(1, body, by_memory), 0) == [("compute", 0, 0.5 + 62)]
     by_flops = replace(TINY, float32_flops=0.5, memory_bandwidth=2.0, launch_seconds=0.5)
     assert timeline(run(1, body, by_flops), 0) == [("compute", 0, 0.5 + 120)]
-    half_of_each = replace(by_flops, compute_efficiency=0.5, memory_efficiency=0.125)
-    assert timeline(run(1, body, half_of_each), 0) == [("compute", 0, 0.5 + 496)]
+    slower = replace(by_flops, compute_efficiency=0.5)
+    assert timeline(run(1, body, slower), 0) == [("compute", 0, 0.5 + 240)]
+    still_slower = replace(slower, memory_efficiency=0.125)
+    assert timeline(run(1, body, still_slower), 0) == [("compute", 0, 0.5 + 496)]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,19 @@ def test_the_busiest_rank_decides_and_both_directions_go_at_once():
     assert run(4, lambda: exchange(sent), cluster).seconds == 13
 
 
+def test_a_network_card_sends_and_receives_at_once_and_serves_its_own_node_only():
+    def seconds(*pairs):
+        sent = np.zeros((6, 6), dtype=np.int64)
+        for sender, receiver in pairs:
+            sent[sender, receiver] = 3
+        return transfer_seconds(TINY, "all_to_all_single", sent, range(6))
+
+    assert seconds((0, 2)) == 12
+    assert seconds((0, 2), (2, 0)) == 12
+    assert seconds((0, 2), (0, 4)) == 24
+    assert seconds((0, 4), (2, 4)) == 24
+
+
 def test_devices_that_share_a_network_card_share_its_bandwidth():
     sent = [[0, 0, 3, 0], [0, 0, 0, 3], [0] * 4, [0] * 4]
     assert run(4, lambda: exchange(sent)).seconds == 12
@@ -266,6 +283,11 @@ def test_a_ring_over_two_nodes_crosses_them_through_all_their_cards():
     assert run(8, body, replace(cluster, nics_per_node=8)).seconds == steps + 14  # the link is slower: 1 B/s
     assert run(8, body, replace(cluster, nics_per_node=1)).seconds == steps + 56
     assert run(8, body, replace(cluster, nics_per_node=2)).seconds == steps + 28
+
+
+def test_the_node_with_fewest_cards_slows_a_ring_down():
+    """3 ranks on nodes of 2: one node has one rank, and so one card; 2 * 6 * 2/3 = 8 bytes on each link."""
+    assert run(3, lambda: dist.all_reduce(empty(6))).seconds == 32
 
 
 def test_uneven_shards_leave_out_the_smallest_one():
@@ -362,6 +384,84 @@ def test_who_is_ready_first_goes_first_whatever_the_order_of_the_ranks():
     ]
     for seed in range(20):
         assert run(3, body, cluster, seed=seed) == trace
+
+
+def test_a_transfer_that_has_to_wait_for_a_port_lets_others_go_first():
+    """The pair (1, 2) is ready before (2, 3), but rank 1 is taken until 4; so (2, 3) goes at 2."""
+
+    def body():
+        rank = dist.get_rank()
+        pairs = [(0, 1), (1, 2), (2, 3)]
+        groups = [dist.new_group(list(pair)) for pair in pairs]
+        works = []
+        for pair, group in zip(pairs, groups, strict=True):
+            if rank in pair:
+                works.append(exchange(BOTH, True, group))
+                compute(1 if pair[0] == rank or rank == 1 else 2)
+        for work in works:
+            work.wait()
+
+    trace = run(4, body, replace(TINY, devices_per_node=4))
+    starts = {x.facts["group"]: x.start for x in trace.spans if x.lane == "communication"}
+    assert sorted(starts.values()) == [0, 2, 6]
+
+
+def test_of_two_that_wait_for_the_same_port_the_one_that_was_ready_first_goes_first():
+    """Rank 1 is taken until 4. Then comes (1, 3), ready at 2, then (1, 2), ready at 3."""
+
+    def body():
+        rank = dist.get_rank()
+        pairs = [(0, 1), (1, 2), (1, 3)]
+        groups = [dist.new_group(list(pair)) for pair in pairs]
+        compute([0, 0, 3, 2][rank])
+        works = [
+            exchange(BOTH, True, group) for pair, group in zip(pairs, groups, strict=True) if rank in pair
+        ]
+        for work in works:
+            work.wait()
+
+    trace = run(4, body, replace(TINY, devices_per_node=4))
+    assert timeline(trace, 3)[-1] == ("communication", 4, 8)
+    assert timeline(trace, 2)[-1] == ("communication", 8, 12)
+
+
+def test_a_message_to_a_rank_in_a_collective_waits():
+    def body():
+        rank = dist.get_rank()
+        pair = dist.new_group([0, 1])
+        works = [] if rank == 2 else [exchange(BOTH, True, pair)]
+        if rank != 1:
+            works.append(dist.isend(empty(3), 0) if rank else dist.irecv(empty(3), 2))
+        for work in works:
+            work.wait()
+
+    assert timeline(run(3, body, replace(TINY, devices_per_node=3)), 2) == [("send", 4, 7)]
+
+
+def test_messages_between_two_ranks_keep_their_order():
+    def body():
+        call = dist.irecv if dist.get_rank() else dist.isend
+        for work in [call(empty(size), 1 - dist.get_rank()) for size in (2, 5, 3)]:
+            work.wait()
+
+    assert timeline(run(2, body), 1) == [("receive", 0, 2), ("receive", 2, 7), ("receive", 7, 10)]
+
+
+def test_collectives_of_a_group_keep_their_order_on_every_stream():
+    def body():
+        stream = torch.Stream()
+        compute(5)
+        works = [exchange(BOTH, is_async=True)]
+        with stream:  # which is at time 0
+            works.append(exchange([[0, 1], [2, 0]], is_async=True))
+        for work in works:
+            work.wait()
+
+    assert timeline(run(2, body), 0) == [
+        ("compute", 0, 5),
+        ("communication", 5, 9),
+        ("communication", 9, 11),
+    ]
 
 
 def test_the_same_program_gives_the_same_trace_under_every_seed():
@@ -482,6 +582,19 @@ def test_a_run_that_fails_keeps_its_trace_so_far():
 def test_calls_that_nobody_waits_for_are_in_the_trace():
     trace = run(2, lambda: exchange(BOTH, is_async=True) and None, hazards="off")
     assert trace.seconds == 4
+
+
+def test_the_clock_keeps_no_tensor_alive():
+    def body():
+        received = empty(4)
+        dist.all_to_all_single(received, empty(4), async_op=True)
+        return weakref.ref(received)
+
+    world = VirtualWorld(2, cluster=TINY, hazards="off")
+    references = world.run(body)
+    assert world.trace.seconds == 2
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_presets_are_found_by_name_and_hold_their_ranks():

@@ -211,7 +211,10 @@ def test_an_uneven_exchange_has_no_arrow_where_no_bytes_go():
 
     world = VirtualWorld(3, cluster="h100-node")
     world.run(body)
-    assert [(x.sender, x.receiver, x.bytes) for x in world.trace.arrows] == [(0, 1, 12), (1, 2, 4)]
+    trace = world.trace
+    assert [(x.sender, x.receiver, x.bytes) for x in trace.arrows] == [(0, 1, 12), (1, 2, 4)]
+    facts = [x.facts for x in trace.spans if x.lane == "communication"]
+    assert [(x["bytes sent"], x["bytes received"]) for x in facts] == [(12, 0), (4, 12), (0, 4)]
 
 
 def test_a_large_collective_keeps_a_stated_part_of_its_arrows():
@@ -223,6 +226,20 @@ def test_a_large_collective_keeps_a_stated_part_of_its_arrows():
     assert {(x.receiver - x.sender) % 17 for x in trace.arrows} == set(range(1, 16))
     assert trace.as_json()["otherData"]["arrows"].startswith("255 of 272 pairs")
     assert problems(trace.as_json()) == []
+
+
+def test_a_large_collective_has_no_arrow_where_no_bytes_go():
+    def body():
+        rank = dist.get_rank()
+        sent = [[int((sender, receiver) != (0, 1)) for receiver in range(18)] for sender in range(18)]
+        received = [row[rank] for row in sent]
+        dist.all_to_all_single(torch.empty(sum(received)), torch.zeros(sum(sent[rank])), received, sent[rank])
+
+    world = VirtualWorld(18, cluster="h100-nodes")
+    world.run(body)
+    pairs = {(x.sender, x.receiver) for x in world.trace.arrows}
+    assert len(pairs) == 18 * 14 - 1 and (0, 1) not in pairs
+    assert world.trace.pairs == 18 * 17 - 1
 
 
 def test_the_file_says_which_model_made_its_times(file):
