@@ -15,41 +15,25 @@ carries the number of its rank, and neighbours are parted by a line.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, which people with any of the usual colour-vision deficiencies tell apart, grey
-# in the place of black.  More ranks than colours take steps of cividis instead.
-OKABE_ITO = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#BBBBBB")
-PANEL = 3.6  # side of a square panel, inches
-LABEL = 8  # size of the printed numbers, points
-
-
-class DrawingError(ValueError):
-    """The ranges or the matrix do not describe an exchange between one set of ranks."""
-
-
-class Picture(Figure):
-    """A matplotlib figure, made without pyplot, that notebooks show as SVG: the same data, the same bytes."""
-
-    def __init__(self, columns: int, rows: int = 1, side: float = PANEL):
-        super().__init__(figsize=(columns * side + 0.6, rows * side), layout="constrained", dpi=130)
-        FigureCanvasAgg(self)
-
-    def _repr_svg_(self) -> str:
-        buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": "seqpar", "svg.fonttype": "path"}):
-            self.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
+from .pictures import (
+    LABEL,
+    PANEL,
+    DrawingError,
+    Picture,
+    byte_unit,
+    colours_of,
+    hex_of,
+    readable_on,
+    three_digits,
+)
 
 
 def draw_layouts(token_ranges: Sequence[range], head_ranges: Mapping[str, Sequence[range]]) -> Picture:
@@ -81,7 +65,7 @@ def draw_bytes(sent: np.ndarray | Sequence[Sequence[int]], title: str = "bytes s
     """
     matrix = _checked_matrix(sent)
     picture = Picture(columns=1, side=max(PANEL, 0.42 * len(matrix)))
-    _draw_bytes_panel(picture.add_subplot(), matrix, title)
+    draw_bytes_panel(picture.add_subplot(), matrix, title)
     return picture
 
 
@@ -109,7 +93,7 @@ def draw_exchange(
     picture = Picture(columns, rows, side=max(PANEL, 0.36 * len(matrix)))
     axes = [picture.add_subplot(rows, columns, i + 1) for i in range(panels)]
     _draw_layout_panels(axes[:-1], token_ranges, head_ranges)
-    _draw_bytes_panel(axes[-1], matrix, "bytes sent")
+    draw_bytes_panel(axes[-1], matrix, "bytes sent")
     if title:
         picture.suptitle(title)
     return picture
@@ -126,7 +110,7 @@ def _draw_layout_panels(
 
 def _draw_before(panel: Axes, token_ranges: Sequence[range], heads: int) -> None:
     """One band of tokens for each rank, over all heads."""
-    colours, tokens = _colours(len(token_ranges)), _count(token_ranges)
+    colours, tokens = colours_of(len(token_ranges)), _count(token_ranges)
     for rank, held in enumerate(token_ranges):
         if len(held):
             _tile(panel, colours[rank], left=-0.5, width=heads, top=held.start, height=len(held))
@@ -139,7 +123,7 @@ def _draw_before(panel: Axes, token_ranges: Sequence[range], heads: int) -> None
 
 def _draw_after(panel: Axes, kind: str, ranges: Sequence[range], tokens: int) -> None:
     """One column of heads for each rank, over all tokens; a head with several owners is split in stripes."""
-    colours, heads = _colours(len(ranges)), _count(ranges)
+    colours, heads = colours_of(len(ranges)), _count(ranges)
     for rank, left, right in _stripes(ranges, heads):
         _tile(panel, colours[rank], left, right - left, top=0, height=tokens)
         _print(panel, colours[rank], str(rank), (left + right) / 2, tokens / 2, LABEL)
@@ -176,7 +160,7 @@ def _tile(panel: Axes, colour: str, left: float, width: float, top: float, heigh
 
 def _print(panel: Axes, colour: str, text: str, x: float, y: float, size: float) -> None:
     behind = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-    panel.text(x, y, text, ha="center", va="center", fontsize=size, color=_readable_on(colour), bbox=behind)
+    panel.text(x, y, text, ha="center", va="center", fontsize=size, color=readable_on(colour), bbox=behind)
 
 
 def _label_axes(panel: Axes, title: str, head_name: str, heads: int, tokens: int) -> None:
@@ -189,8 +173,8 @@ def _label_axes(panel: Axes, title: str, head_name: str, heads: int, tokens: int
     panel.set_title(title, fontsize=LABEL + 1)
 
 
-def _draw_bytes_panel(panel: Axes, matrix: np.ndarray, title: str) -> None:
-    divisor, unit = _byte_unit(int(matrix.max()))
+def draw_bytes_panel(panel: Axes, matrix: np.ndarray, title: str) -> None:
+    divisor, unit = byte_unit(int(matrix.max()))
     largest = max(float(matrix.max() / divisor), 1e-12)
     scaled = (matrix / divisor).tolist()
     colormap = matplotlib.colormaps["cividis"]
@@ -209,40 +193,12 @@ def _draw_bytes_panel(panel: Axes, matrix: np.ndarray, title: str) -> None:
         panel.text(
             receiver,
             sender,
-            _three_digits(scaled[sender][receiver]),
+            three_digits(scaled[sender][receiver]),
             ha="center",
             va="center",
             fontsize=LABEL if len(matrix) <= 6 else LABEL - 2,
-            color=_readable_on(_hex(colormap, scaled[sender][receiver] / largest)),
+            color=readable_on(hex_of(colormap, scaled[sender][receiver] / largest)),
         )
-
-
-def _byte_unit(largest: int) -> tuple[int, str]:
-    """The divisor and name of the unit in which the largest entry is at least 1."""
-    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if largest >= 1024**power:
-            return 1024**power, name
-    return 1, "B"
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _colours(ranks: int) -> list[str]:
-    if ranks <= len(OKABE_ITO):
-        return list(OKABE_ITO[:ranks])
-    return [_hex(matplotlib.colormaps["cividis"], rank / (ranks - 1)) for rank in range(ranks)]
-
-
-def _hex(colormap: Colormap, position: float) -> str:
-    return matplotlib.colors.to_hex(colormap(float(position)))
-
-
-def _readable_on(colour: str) -> str:
-    """Black or white, whichever is easier to read on the colour (luminance of ITU-R BT.709)."""
-    red, green, blue = matplotlib.colors.to_rgb(colour)
-    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "white"
 
 
 def _check_ranges(token_ranges: Sequence[range], head_ranges: Mapping[str, Sequence[range]]) -> None:

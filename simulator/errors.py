@@ -75,3 +75,7 @@ class StreamError(SimulatorError):
 
 class ClusterError(SimulatorError, ValueError):
     """A cluster model that cannot be: an unknown name, a number that is no number, or more ranks than devices."""
+
+
+class LedgerError(SimulatorError, AssertionError):
+    """A ledger does not say what was expected of it, or was asked for a kind, rank, line or group that is not there."""

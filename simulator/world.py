@@ -26,6 +26,7 @@ from .errors import DeadlockError, WorldError
 from .hazards import Hazard, Hazards, Reports
 from .initialization import new_process_group, rendezvous
 from .instruments import Exchange, Instruments
+from .ledger import Ledger
 from .matching import Channel, Meeting, Waiting
 from .observer import Observer
 from .scheduler import Scheduler
@@ -87,7 +88,7 @@ class VirtualWorld:
         if not isinstance(ledger, bool):
             raise WorldError(f"ledger={ledger!r}.\n  Use True or False.")
         self.size, self.autograd, self.seed = int(size), autograd, seed
-        self._make_run = lambda: Run(self.size, seed, Reports(hazards), cluster)
+        self._make_run = lambda: Run(self.size, seed, Reports(hazards), ledger, cluster)
         self._last = self._make_run()
 
     @property
@@ -102,6 +103,17 @@ class VirtualWorld:
     def hazards(self) -> list[Hazard]:
         """What a run with hazards="record" has found, in that order."""
         return list(self._last.reports.found.values())
+
+    @property
+    def ledger(self) -> Ledger:
+        """Every collective and message of the last run; prints as a table, and draws itself in a notebook.
+
+        Raises:
+            WorldError: the world keeps no ledger.
+        """
+        if self._last.ledger is None:
+            raise WorldError("the world keeps no ledger.\n  Leave out ledger=False.")
+        return self._last.ledger
 
     @property
     def trace(self) -> Trace:
@@ -142,13 +154,16 @@ class Run:
     """One call of `VirtualWorld.run`: its ranks' process states, its groups, its count of bytes and its instruments."""
 
     def __init__(
-        self, size: int, seed: int | None, reports: Reports, cluster: str | Cluster | None = None
+        self, size: int, seed: int | None, reports: Reports, ledger: bool, cluster: str | Cluster | None
     ) -> None:
         self.size, self.seed, self.reports = size, seed, reports
         self.clock = None if cluster is None else Clock(size, cluster)
         self.streams = Streams(size, reports, self.clock)
-        watching = [] if reports.policy == "off" else [Hazards(size, reports), self.streams]
-        self.instruments = Instruments(watching if self.clock is None else [*watching, self.clock])
+        self.ledger = Ledger(size) if ledger else None
+        checks = [] if reports.policy == "off" else [Hazards(size, reports)]
+        followed = [] if reports.policy == "off" and cluster is None else [self.streams]
+        notes = [x for x in (self.ledger, self.clock) if x is not None]
+        self.instruments = Instruments([*checks, *followed, *notes])
         self.bytes = np.zeros((size, size), dtype=np.int64)
         self.store = VirtualStore(self)
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}

@@ -7,6 +7,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from simulator.draw import DrawingError, draw_bytes, draw_exchange, draw_layouts
+from simulator.draw_runs import draw_timeline
 
 TOKENS = [range(0, 5), range(5, 5), range(5, 12)]
 QUERY_HEADS = [range(0, 2), range(2, 4), range(4, 4)]
@@ -82,3 +83,26 @@ def test_svg_is_the_same_for_the_same_data():
 def test_refusals(tokens, heads, sent, message):
     with pytest.raises(DrawingError, match=message):
         draw_exchange(tokens, heads, sent)
+
+
+def test_a_timeline_has_a_row_for_each_lane_and_a_bar_for_each_span():
+    spans = [
+        (rank, lane, "aten.mm", 1e-3 * rank, 2e-3) for rank in (0, 3) for lane in ("compute", "communication")
+    ]
+    picture = draw_timeline([*spans, (0, "stream 1", "aten.add", 0.0, 1e-3)])
+    panel = picture.axes[0]
+    assert sum(len(bars.get_paths()) for bars in panel.collections[:-1]) == 5
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0", "3"]
+    assert panel.get_xlabel() == "virtual time (ms)"
+    assert panel.get_xlim() == (0.0, 5.0)
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == [
+        "compute",
+        "stream 1",
+        "communication",
+    ]
+
+
+@pytest.mark.parametrize("spans", [[], [(0, "compute", "x", 0.0, -1.0)]])
+def test_a_timeline_of_nothing_is_refused(spans):
+    with pytest.raises(DrawingError):
+        draw_timeline(spans)
