@@ -144,7 +144,9 @@ class Hazards(Instrument):
     def _check_other_calls(self, rank: int, call: Call, own: dict[Call, InFlight]) -> None:
         for other, flight in own.items():
             if (other.kind, call.kind) == ("send", "recv") and call.where == other.where:
-                flight.contents.clear()  # a batch that receives where it has sent from
+                if any(region.meets(region_of(x)) for region, _ in flight.regions for x in call.outputs):
+                    # A batch that receives where it has sent from. The memory stays its own until wait().
+                    flight.contents = [(x, x) for x, _ in flight.contents]
                 continue
             for tensors, writes in ((call.outputs, True), (call.inputs, False)):
                 for tensor in tensors:
