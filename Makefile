@@ -57,4 +57,6 @@ clean:
 	@echo "[3/3] installing seqpar and the tools for tests and docs"
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps yunchang hjson msgpack py-cpuinfo
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation deepspeed
 	@touch $@

@@ -40,10 +40,7 @@ def run(function, mode):
     """Output and input gradient; mode None is without a checkpoint."""
     torch.manual_seed(dist.get_rank())
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    if mode is None:
-        output = function(x)
-    else:
-        output = checkpoint(function, x, use_reentrant=mode == "reentrant")
+    output = function(x) if mode is None else checkpoint(function, x, use_reentrant=mode == "reentrant")
     output.square().sum().backward()
     return output.detach(), x.grad
 

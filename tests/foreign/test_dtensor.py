@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -35,10 +34,7 @@ def redistribute(shape, source, target):
     """The tensor after the move, whole, and the shape of what this rank has of it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     tensor = whole(shape)
-    if source == Partial():
-        start = as_partial(tensor, mesh)
-    else:
-        start = distribute_tensor(tensor, mesh, [source])
+    start = as_partial(tensor, mesh) if source == Partial() else distribute_tensor(tensor, mesh, [source])
     moved = start.redistribute(mesh, [target])
     return moved.full_tensor(), tuple(moved.to_local().shape)
 
