@@ -133,5 +133,5 @@ def test_a_ring_in_float32_writes_into_a_gradient_that_it_is_sending():
 
 def test_a_causal_ring_in_float64_sends_another_dtype_than_is_received():
     """A rank that has computed adds float64 to float32; one that has nothing to compute passes float32 on."""
-    with pytest.raises(CollectiveMismatchError, match="dtype float64.*dtype float32"):
+    with pytest.raises(CollectiveMismatchError, match=r"dtype float64.*dtype float32"):
         on_virtual(usp, 3, 1, 3, "basic", True, torch.float64)
