@@ -1,8 +1,9 @@
 """What an operating-system process would have of its own, kept for each virtual rank.
 
-torch.distributed's registry of groups, the environment variables, torch's random generator, and the thread's grad and
-autocast modes. The first is found through a thread-local; the next two are exchanged whenever a rank gets or gives the
-baton; the last belong to the thread anyway.
+torch.distributed's registry of groups; the environment variables, the random generators of torch, numpy and Python,
+torch's default dtype, and singletons that the caller names; and the thread's grad and autocast modes. The first is
+found through a thread-local; the next ones are exchanged whenever a rank gets or gives the baton; the last belong to
+the thread anyway.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .errors import WorldError
+from .generators import Generators
+from .singletons import Singleton
 
 _thread = threading.local()
 
@@ -33,7 +36,7 @@ def current() -> ProcessState | None:
 class ProcessState:
     """One rank's share of everything that torch and Python keep once per process."""
 
-    def __init__(self, run: Any, rank: int, size: int) -> None:
+    def __init__(self, run: Any, rank: int, size: int, singletons: Sequence[Singleton] = ()) -> None:
         self.run, self.rank = run, rank
         self.groups = GroupRegistry(run.make_default_group)
         own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
@@ -46,17 +49,25 @@ class ProcessState:
         self.environment = os.environ._data.copy()  # type: ignore[attr-defined]
         for name, value in {**own, **shared}.items():
             self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
-        self._generator = torch.default_generator.get_state()
+        self._generators = Generators()
+        self._dtype = torch.get_default_dtype()
+        self._singletons = [(singleton, singleton.copy()) for singleton in singletons]
         self._graph_nodes = 0
 
     def enter(self) -> None:
         """The rank gets the baton."""
         os.environ._data = self.environment  # type: ignore[attr-defined]
-        torch.default_generator.set_state(self._generator)
+        self._generators.enter()
+        torch.set_default_dtype(self._dtype)
+        for singleton, value in self._singletons:
+            singleton.put(value)
 
     def leave(self) -> None:
         """The rank gives the baton away."""
-        self._generator = torch.default_generator.get_state()
+        self._generators.leave()
+        self._dtype = torch.get_default_dtype()
+        if self._singletons:
+            self._singletons = [(singleton, singleton.get()) for singleton, _ in self._singletons]
 
     def adopt_thread(self) -> None:
         """Make the calling thread this rank: its groups, and one intra-op thread."""
@@ -163,7 +174,10 @@ _turn = threading.Lock()
 
 @contextlib.contextmanager
 def virtual_processes(
-    states: Sequence[ProcessState], new_group: Callable[..., Any], rendezvous: Callable[..., Any]
+    states: Sequence[ProcessState],
+    new_group: Callable[..., Any],
+    rendezvous: Callable[..., Any],
+    singletons: Sequence[Singleton] = (),
 ) -> Iterator[None]:
     """While this is open, rank threads have groups, environment and random numbers of their own.
 
@@ -181,7 +195,10 @@ def virtual_processes(
             undo.callback(_turn.release)
         undo.callback(setattr, sys, "excepthook", sys.excepthook)
         undo.callback(torch.set_num_threads, torch.get_num_threads())
-        undo.callback(torch.default_generator.set_state, torch.default_generator.get_state())
+        undo.callback(Generators().enter)
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for singleton in singletons:
+            undo.callback(singleton.put, singleton.get())
         undo.callback(_restore_environment, os.environ._data, states)  # type: ignore[attr-defined]
         if not inside:
             _route(undo, new_group, rendezvous)

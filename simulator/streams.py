@@ -283,6 +283,10 @@ class Streams(Instrument):
         if board is not None and done is not None:
             board.timeline.join(board.timeline.clocks[board.current.stream_id], done)
 
+    def finish(self) -> None:
+        for pending in self._pending:  # calls that nobody waited for hold their tensors
+            pending.clear()
+
     def backward(self, rank: int, tensors: Sequence[Tensor], inputs: Any, accumulates: bool) -> None:
         board = self._boards[rank]
         if board is not None:

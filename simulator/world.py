@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from .ledger import Ledger
 from .matching import Channel, Meeting, Waiting
 from .observer import Observer
 from .scheduler import Scheduler
+from .singletons import Singleton, singletons_of
 from .source_lines import Lines, lines_of, lines_text, program_lines
 from .store import VirtualStore
 from .streams import Streams
@@ -53,6 +54,8 @@ class VirtualWorld:
         ledger: keep a record of every collective, in `ledger`.
         cluster: a model of hardware, by name ("h100-node", ...) or as a `Cluster`; `trace` then says how long the
             program would take on it. None keeps no time.
+        singletons: what a package keeps once per process and each rank is to have for itself: objects, all of whose
+            attributes are then each rank's own, and pairs (module, "NAME"). See `simulator.singletons`.
 
     Raises:
         ClusterError: there is no such cluster, or it has fewer devices than there are ranks.
@@ -76,6 +79,7 @@ class VirtualWorld:
         hazards: Literal["raise", "record", "off"] = "raise",
         ledger: bool = True,
         cluster: str | Cluster | None = None,
+        singletons: Sequence[Any] = (),
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise WorldError(f"a world of {size!r} ranks.\n  Pass a positive integer as size.")
@@ -88,7 +92,8 @@ class VirtualWorld:
         if not isinstance(ledger, bool):
             raise WorldError(f"ledger={ledger!r}.\n  Use True or False.")
         self.size, self.autograd, self.seed = int(size), autograd, seed
-        self._make_run = lambda: Run(self.size, seed, Reports(hazards), ledger, cluster)
+        exchanged = singletons_of(singletons)
+        self._make_run = lambda: Run(self.size, seed, Reports(hazards), ledger, cluster, exchanged)
         self._last = self._make_run()
 
     @property
@@ -154,9 +159,15 @@ class Run:
     """One call of `VirtualWorld.run`: its ranks' process states, its groups, its count of bytes and its instruments."""
 
     def __init__(
-        self, size: int, seed: int | None, reports: Reports, ledger: bool, cluster: str | Cluster | None
+        self,
+        size: int,
+        seed: int | None,
+        reports: Reports,
+        ledger: bool,
+        cluster: str | Cluster | None,
+        singletons: Sequence[Singleton],
     ) -> None:
-        self.size, self.seed, self.reports = size, seed, reports
+        self.size, self.seed, self.reports, self._singletons = size, seed, reports, singletons
         self.clock = None if cluster is None else Clock(size, cluster)
         self.streams = Streams(size, reports, self.clock)
         self.ledger = Ledger(size) if ledger else None
@@ -186,9 +197,12 @@ class Run:
             self._states[rank].leave_thread()
 
         self._states = self._states or [
-            process_state.ProcessState(self, rank, self.size) for rank in range(self.size)
+            process_state.ProcessState(self, rank, self.size, self._singletons) for rank in range(self.size)
         ]
-        with process_state.virtual_processes(self._states, new_process_group, rendezvous), observer.routed():
+        processes = process_state.virtual_processes(
+            self._states, new_process_group, rendezvous, self._singletons
+        )
+        with processes, observer.routed():
             for state in self._states:
                 state.groups.reopen()
             self.scheduler = Scheduler(

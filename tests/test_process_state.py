@@ -1,15 +1,20 @@
 """What a process would have of its own is each virtual rank's own, and the surrounding process sees nothing of it."""
 
+import math
 import os
+import random
 import subprocess
 import sys
 import threading
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from simulator import UnsupportedTransformError, VirtualWorld
+from simulator.errors import WorldError
 from tests.launch import on_gloo
 
 
@@ -173,3 +178,90 @@ def test_transforms_that_would_lose_their_derivative_are_refused():
             VirtualWorld(2).run(reduce, dual)
         with pytest.raises(UnsupportedTransformError, match="forward-mode"):
             VirtualWorld(2).run(lambda: reduce(dual))
+
+
+def draws():
+    """Numbers of every global generator, with hand-overs between the two halves of a pair of normal numbers."""
+    numbers = []
+    for _ in range(3):
+        numbers += [random.random(), random.gauss(0, 1), float(np.random.rand()), float(np.random.randn())]
+        numbers += [torch.rand(()).item(), random.randrange(1000)]
+        dist.barrier()
+    return numbers
+
+
+def test_global_generators_are_each_ranks_own_and_are_restored():
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = VirtualWorld(1).run(draws)[0]
+    after = random.random(), float(np.random.randn()), torch.rand(()).item()
+    for seed in (None, 0, 1, 2):
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+        assert VirtualWorld(3, seed=seed).run(draws) == [expected] * 3
+        assert (random.random(), float(np.random.randn()), torch.rand(()).item()) == after
+
+
+def test_a_rank_that_seeds_does_not_seed_the_others():
+    def body():
+        rank = dist.get_rank()
+        random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
+        dist.barrier()
+        return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+    alone = []
+    for rank in range(3):
+        random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
+        alone.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+    for seed in (None, 0, 1):
+        assert VirtualWorld(3, seed=seed).run(body) == alone
+
+
+def test_the_default_dtype_is_each_ranks_own():
+    def body():
+        if dist.get_rank() == 1:
+            torch.set_default_dtype(torch.float64)
+        dist.barrier()
+        return torch.ones(1).dtype
+
+    assert VirtualWorld(3).run(body) == [torch.float32, torch.float64, torch.float32]
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Registry:
+    def __init__(self):
+        self.rank, self.seen = None, {"before": 1}
+
+
+def test_singletons_are_each_ranks_own_and_are_restored():
+    registry, module = Registry(), types.ModuleType("settings")
+    module.GROUP, module.SHARED = None, []
+
+    def body(again=False):
+        if not again:
+            registry.rank = module.GROUP = dist.get_rank()
+            registry.seen[registry.rank] = True
+        dist.barrier()
+        module.SHARED.append(registry.rank)
+        return registry.rank, sorted(map(str, registry.seen)), module.GROUP
+
+    for seed in (None, 0, 1):
+        world = VirtualWorld(3, seed=seed, singletons=[registry, (module, "GROUP")])
+        assert world.run(body) == [(rank, [str(rank), "before"], rank) for rank in range(3)]
+        assert (registry.rank, registry.seen, module.GROUP) == (None, {"before": 1}, None)
+    assert sorted(module.SHARED) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+    def failing():
+        registry.rank = dist.get_rank()
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        VirtualWorld(2, singletons=[registry]).run(failing)
+    assert registry.rank is None
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [[3], [math], [Registry], [(math, "nothing")], "name", 5, [(object(), "__class__")], [(3, "real")]],
+)
+def test_singletons_that_cannot_be_exchanged_are_refused(entries):
+    with pytest.raises(WorldError):
+        VirtualWorld(2, singletons=entries)
