@@ -66,8 +66,7 @@ class Generators:
         self._torch = torch.default_generator.get_state()
         if _COPIES_MEMORY:
             ctypes.memmove(self._memory, id(_python) + _HEADER, _STATE)
-            self._numpy: Any = np.random
-_python: Any = _python.gauss_next
+            self._python: Any = _python.gauss_next
         else:
             self._python = _python.getstate()
 
