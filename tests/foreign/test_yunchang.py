@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.errors import CollectiveMismatchError, InFlightWriteError
-from tests.foreign import flash_attention, packages, singletons
+from tests.foreign import flash_attention, packages
 from tests.foreign.models import same_bits
 from tests.launch import on_virtual
 
@@ -68,18 +68,23 @@ def through(layer, take, causal, dtype):
     return [output.detach(), *(x.grad for x in inputs)], [take(x) for x in on_one_device(causal, dtype)]
 
 
-@pytest.fixture(autouse=True)
-def _groups_of_each_rank():
+@pytest.fixture(scope="module", autouse=True)
+def _yunchang():
     with packages.standing_in(flash_attention.modules()):
-        groups = packages.load("yunchang.globals").PROCESS_GROUP
-    with singletons.one_for_each_rank((groups, "ULYSSES_PG"), (groups, "RING_PG")):
-        yield
+        packages.load("yunchang")
+
+
+def on_ranks(body, size, *args, **options):
+    """Each rank has its own groups in yunchang's global."""
+    import yunchang
+
+    return on_virtual(body, size, *args, singletons=[yunchang.globals.PROCESS_GROUP], **options)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_ulysses(size, causal):
-    for actual, expected in on_virtual(ulysses, size, causal):
+    for actual, expected in on_ranks(ulysses, size, causal):
         for own, right in zip(actual, expected, strict=True):
             torch.testing.assert_close(own, right, rtol=0.0, atol=1e-12)
 
@@ -103,24 +108,24 @@ RINGS = [("basic", False), ("basic", True), ("zigzag", True), ("strip", True)]
     ("ulysses_degree", "ring_degree"), [(1, 2), (1, 4), (2, 2), (3, 2), (2, 3)], ids=lambda n: str(n)
 )
 def test_ring_and_usp(ulysses_degree, ring_degree, ring, causal):
-    check_ring(on_virtual(usp, ulysses_degree * ring_degree, ulysses_degree, ring_degree, ring, causal))
+    check_ring(on_ranks(usp, ulysses_degree * ring_degree, ulysses_degree, ring_degree, ring, causal))
 
 
 def test_two_usp_groups_side_by_side():
-    check_ring(on_virtual(usp, 8, 2, 2, "zigzag", True))
+    check_ring(on_ranks(usp, 8, 2, 2, "zigzag", True))
 
 
 @pytest.mark.parametrize(("ring", "causal"), RINGS)
 def test_no_report_in_other_orders(ring, causal):
-    expected = on_virtual(usp, 4, 2, 2, ring, causal)
+    expected = on_ranks(usp, 4, 2, 2, ring, causal)
     for seed in range(20):
-        assert same_bits(on_virtual(usp, 4, 2, 2, ring, causal, seed=seed), expected)
+        assert same_bits(on_ranks(usp, 4, 2, 2, ring, causal, seed=seed), expected)
 
 
 def test_ulysses_gives_no_report_in_other_orders():
-    expected = on_virtual(ulysses, 3, True)
+    expected = on_ranks(ulysses, 3, True)
     for seed in range(20):
-        assert same_bits(on_virtual(ulysses, 3, True, seed=seed), expected)
+        assert same_bits(on_ranks(ulysses, 3, True, seed=seed), expected)
 
 
 def test_a_ring_in_float32_writes_into_a_gradient_that_it_is_sending():
@@ -128,10 +133,10 @@ def test_a_ring_in_float32_writes_into_a_gradient_that_it_is_sending():
     with pytest.raises(
         InFlightWriteError, match=r"(?s)ring/utils\.py.* in commit;.*ring_flash_attn_backward"
     ):
-        on_virtual(usp, 3, 1, 3, "basic", False, torch.float32)
+        on_ranks(usp, 3, 1, 3, "basic", False, torch.float32)
 
 
 def test_a_causal_ring_in_float64_sends_another_dtype_than_is_received():
     """A rank that has computed adds float64 to float32; one that has nothing to compute passes float32 on."""
     with pytest.raises(CollectiveMismatchError, match=r"dtype float64.*dtype float32"):
-        on_virtual(usp, 3, 1, 3, "basic", True, torch.float64)
+        on_ranks(usp, 3, 1, 3, "basic", True, torch.float64)
