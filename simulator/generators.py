@@ -40,7 +40,8 @@ class Generators:
         self._numpy = _copy_of(_numpy.get_bit_generator())
         self._memory = ctypes.create_string_buffer(_STATE)
         self._gaussian: dict[str, Any] | None = None
-        self._numpy_before: bytes | None = None
+        self._drawn = _counters(self._numpy)
+        self._drawn_before: list[int] | None = None
         self._save_numpy(used=True)
         self._save()
 
@@ -50,7 +51,7 @@ class Generators:
         _numpy.set_bit_generator(self._numpy)
         if self._gaussian is not None:
             np.random.set_state(self._gaussian)
-        self._numpy_before = _fingerprint(self._numpy)
+        self._drawn_before = [counter.value for counter in self._drawn]
         if _COPIES_MEMORY:
             ctypes.memmove(id(_python) + _HEADER, self._memory, _STATE)
             _python.gauss_next = self._python
@@ -59,7 +60,8 @@ class Generators:
 
     def leave(self) -> None:
         """Note how far they have come."""
-        self._save_numpy(used=self._numpy_before is None or _fingerprint(self._numpy) != self._numpy_before)
+        now = [counter.value for counter in self._drawn]
+        self._save_numpy(used=not now or now != self._drawn_before)
         self._save()
 
     def _save(self) -> None:
@@ -83,9 +85,9 @@ def _copy_of(generator: Any) -> Any:
     return copied
 
 
-def _fingerprint(generator: Any) -> bytes | None:
-    """Changes whenever a number is drawn: a word of a Mersenne twister's state, and its index."""
+def _counters(generator: Any) -> list[Any]:
+    """What changes whenever a number is drawn: of a Mersenne twister a word of its state, and its index."""
     if not isinstance(generator, np.random.MT19937):
-        return None
+        return []
     address = generator.ctypes.state_address
-    return ctypes.string_at(address, 4) + ctypes.string_at(address + 624 * 4, 4)
+    return [ctypes.c_uint32.from_address(address), ctypes.c_int.from_address(address + 624 * 4)]
