@@ -23,6 +23,8 @@ from .plan import Heads, Plan
 from .shapes import Layout, layout_of
 from .wire import Cut, Part
 
+MOST_KEPT_RANKS = 256
+
 Eager = TypeVar("Eager", bound=Callable[..., Any])
 
 
@@ -194,10 +196,23 @@ def _cuts_for(
     plan: Plan, rank: int, layout: Layout, heads: tuple[Heads, ...], *tensors: Tensor
 ) -> tuple[Cut, Cut]:
     dims = tuple(tensor.shape[3] for tensor in tensors)
-    return _cuts(plan, rank, layout, tensors[0].shape[layout.batch], heads, dims, tensors[0].device)
+    batch, device = tensors[0].shape[layout.batch], tensors[0].device
+    kept = _cuts_by_rank(plan, layout, batch, heads, dims, device)
+    cuts = kept.get(rank) or _cuts(plan, rank, layout, batch, heads, dims, device)
+    if len(kept) < MOST_KEPT_RANKS:
+        kept[rank] = cuts
+    return cuts
 
 
 @lru_cache(maxsize=64)
+def _cuts_by_rank(*sizes: Any) -> dict[int, tuple[Cut, Cut]]:
+    """Kept cuts of one plan and size, because the positions of ragged chunks take a while to work out.
+
+    A process has one rank of a group and keeps one entry; one that plays all ranks keeps those of the first 256.
+    """
+    return {}
+
+
 def _cuts(
     plan: Plan,
     rank: int,
@@ -207,10 +222,7 @@ def _cuts(
     dims: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Cut, Cut]:
-    """The cut by heads of the rank's tokens, and the cut by tokens of the rank's heads.
-
-    A pure function of its arguments, kept because the positions of ragged chunks take a while to work out.
-    """
+    """The cut by heads of the rank's tokens, and the cut by tokens of the rank's heads."""
     by_heads, by_tokens = [], []
     for kind, dim in zip(heads, dims, strict=True):
         total = plan.heads if kind == "query" else plan.kv_heads

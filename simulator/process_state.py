@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .errors import WorldError
-from .generators import Generators
+from .generators import Beginning, Generators
 from .singletons import Singleton
 
 _thread = threading.local()
@@ -36,7 +36,9 @@ def current() -> ProcessState | None:
 class ProcessState:
     """One rank's share of everything that torch and Python keep once per process."""
 
-    def __init__(self, run: Any, rank: int, size: int, singletons: Sequence[Singleton] = ()) -> None:
+    def __init__(
+        self, run: Any, rank: int, size: int, beginning: Beginning, singletons: Sequence[Singleton] = ()
+    ) -> None:
         self.run, self.rank = run, rank
         self.groups = GroupRegistry(run.make_default_group)
         own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
@@ -49,7 +51,7 @@ class ProcessState:
         self.environment = os.environ._data.copy()  # type: ignore[attr-defined]
         for name, value in {**own, **shared}.items():
             self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
-        self._generators = Generators()
+        self._generators = Generators(beginning)
         self._dtype = torch.get_default_dtype()
         self._singletons = [(singleton, singleton.copy()) for singleton in singletons]
         self._graph_nodes = 0
@@ -195,7 +197,7 @@ def virtual_processes(
             undo.callback(_turn.release)
         undo.callback(setattr, sys, "excepthook", sys.excepthook)
         undo.callback(torch.set_num_threads, torch.get_num_threads())
-        undo.callback(Generators().enter)
+        undo.callback(Generators(Beginning()).enter)
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         for singleton in singletons:
             undo.callback(singleton.put, singleton.get())

@@ -23,6 +23,7 @@ from . import joint, observer, process_state
 from .clock import Clock
 from .clusters import Cluster
 from .errors import DeadlockError, WorldError
+from .generators import Beginning
 from .hazards import Hazard, Hazards, Reports
 from .initialization import new_process_group, rendezvous
 from .instruments import Exchange, Instruments
@@ -196,9 +197,12 @@ class Run:
                 _wait_for_functional_collectives(results[rank])
             self._states[rank].leave_thread()
 
-        self._states = self._states or [
-            process_state.ProcessState(self, rank, self.size, self._singletons) for rank in range(self.size)
-        ]
+        if not self._states:
+            beginning, singletons = Beginning(), self._singletons
+            self._states = [
+                process_state.ProcessState(self, rank, self.size, beginning, singletons)
+                for rank in range(self.size)
+            ]
         processes = process_state.virtual_processes(
             self._states, new_process_group, rendezvous, self._singletons
         )
