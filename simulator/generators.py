@@ -47,10 +47,9 @@ class Beginning:
         self.gaussian = _pending_gaussian()
         self.numpy = self._copy()
 
-    def take(self) -> Any:
-        """The generator of numpy that ranks share, to be one rank's own from now on."""
-        taken, self.numpy = self.numpy, self._copy()
-        return taken
+    def take(self) -> None:
+        """The generator of numpy that ranks share has become one rank's own: the others get a new one."""
+        self.numpy = self._copy()
 
     def _copy(self) -> Any:
         generator = self._type()
@@ -66,18 +65,24 @@ class Generators:
         self._torch, self._python, self._memory = beginning.torch, beginning.python, beginning.memory
         self._gaussian = beginning.gaussian
         self._numpy: Any = None
-        self._drawn: list[Any] = []
-        self._drawn_before: list[int] = []
+        self._entered: Any = None
+        self._before: Any = None
+
+    @classmethod
+    def of_process(cls) -> Generators:
+        """Those of the process as they are now: `enter` puts the same objects back."""
+        generators = cls(Beginning())
+        generators._numpy = _numpy.get_bit_generator()
+        return generators
 
     def enter(self) -> None:
         """Make them the process's."""
         torch.default_generator.set_state(self._torch)
-        generator = self._beginning.numpy if self._numpy is None else self._numpy
-        _numpy.set_bit_generator(generator)
+        self._entered = self._beginning.numpy if self._numpy is None else self._numpy
+        _numpy.set_bit_generator(self._entered)
         if self._gaussian is not None:
             np.random.set_state(self._gaussian)
-        self._drawn = _counters(generator)
-        self._drawn_before = [counter.value for counter in self._drawn]
+        self._before = _numpy_memory(self._entered)
         if self._memory is not None:
             ctypes.memmove(id(_python) + _HEADER, self._memory, _STATE)
             _python.gauss_next = self._python
@@ -88,10 +93,12 @@ class Generators:
         """Note how far they have come."""
         self._torch = torch.default_generator.get_state()
         self._python, self._memory = _python_state()
-        now = [counter.value for counter in self._drawn]
-        if not now or now != self._drawn_before:
-            self._numpy = self._beginning.take() if self._numpy is None else self._numpy
-            self._gaussian = _pending_gaussian()
+        generator = _numpy.get_bit_generator()
+        used = self._gaussian is not None or _numpy_memory(self._entered) != self._before
+        if used or generator is not self._entered:
+            if self._numpy is None:
+                self._beginning.take()
+            self._numpy, self._gaussian = generator, _pending_gaussian()
 
 
 def _python_state() -> tuple[Any, bytes | None]:
@@ -107,9 +114,11 @@ def _pending_gaussian() -> dict[str, Any] | None:
     return state if state["has_gauss"] else None
 
 
-def _counters(generator: Any) -> list[Any]:
-    """What changes whenever a number is drawn: of a Mersenne twister a word of its state, and its index."""
+def _numpy_memory(generator: Any) -> object:
+    """What is equal as long as nothing was drawn: the state of a Mersenne twister, 624 words and the index.
+
+    Of another generator, which is never equal: getting its state takes longer than to take it as used.
+    """
     if not isinstance(generator, np.random.MT19937):
-        return []
-    address = generator.ctypes.state_address
-    return [ctypes.c_uint32.from_address(address), ctypes.c_int.from_address(address + 624 * 4)]
+        return object()
+    return ctypes.string_at(generator.ctypes.state_address, _STATE)

@@ -53,7 +53,7 @@ class ProcessState:
             self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
         self._generators = Generators(beginning)
         self._dtype = torch.get_default_dtype()
-        self._singletons = [(singleton, singleton.copy()) for singleton in singletons]
+        self._singletons = [(singleton, singleton.start()) for singleton in singletons]
         self._graph_nodes = 0
 
     def enter(self) -> None:
@@ -197,7 +197,7 @@ def virtual_processes(
             undo.callback(_turn.release)
         undo.callback(setattr, sys, "excepthook", sys.excepthook)
         undo.callback(torch.set_num_threads, torch.get_num_threads())
-        undo.callback(Generators(Beginning()).enter)
+        undo.callback(Generators.of_process().enter)
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         for singleton in singletons:
             undo.callback(singleton.put, singleton.get())

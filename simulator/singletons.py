@@ -2,18 +2,25 @@
 
     VirtualWorld(4, singletons=[yunchang.globals.PROCESS_GROUP, (megatron.parallel_state, "_GROUP")])
 
-Each rank begins with what is there when the run begins: containers (dict, list, set) are copied, everything in them is
-the same object. What a rank sets is its own, and gone after the run.
+Each rank begins with what is there when the run begins: Python's own containers (dict, list, set, deque, ...) are
+copied, everything in them is the same object, also a container in a container. What a rank sets or deletes is its own,
+and gone after the run.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from .errors import WorldError
+
+_CONTAINERS = (dict, list, set, bytearray, defaultdict, OrderedDict, Counter, deque)
+_ABSENT = object()
+"""In place of the value of an attribute that a rank has deleted."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +31,18 @@ class Singleton:
     name: str | None
 
     def get(self) -> Any:
-        return vars(self.owner) if self.name is None else getattr(self.owner, self.name)
+        return vars(self.owner) if self.name is None else getattr(self.owner, self.name, _ABSENT)
 
     def put(self, value: Any) -> None:
         if self.name is None:
             self.owner.__dict__ = value
+        elif value is _ABSENT:
+            if hasattr(self.owner, self.name):
+                delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, value)
 
-    def copy(self) -> Any:
+    def start(self) -> Any:
         """What a rank begins with."""
         value = self.get()
         if self.name is None:
@@ -41,7 +51,7 @@ class Singleton:
 
 
 def _own(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, list, set) else value
+    return copy.copy(value) if type(value) in _CONTAINERS else value
 
 
 def singletons_of(entries: Sequence[Any]) -> tuple[Singleton, ...]:

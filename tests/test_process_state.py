@@ -1,5 +1,6 @@
 """What a process would have of its own is each virtual rank's own, and the surrounding process sees nothing of it."""
 
+import collections
 import math
 import os
 import random
@@ -215,6 +216,97 @@ def test_a_rank_that_seeds_does_not_seed_the_others():
         assert VirtualWorld(3, seed=seed).run(body) == alone
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_the_second_of_a_pair_of_normal_numbers_is_given_once(seed):
+    def body():
+        numbers = []
+        for _ in range(6):
+            numbers.append(float(np.random.randn()))
+            dist.barrier()
+        return numbers
+
+    np.random.seed(3)
+    expected = [float(np.random.randn()) for _ in range(6)]
+    np.random.seed(3)
+    assert VirtualWorld(3, seed=seed).run(body) == [expected] * 3
+
+
+def test_a_rank_that_seeds_numpy_with_a_list_is_noticed():
+    def body():
+        np.random.seed([dist.get_rank(), 7])
+        dist.barrier()
+        return float(np.random.rand())
+
+    alone = []
+    for rank in range(3):
+        np.random.seed([rank, 7])
+        alone.append(float(np.random.rand()))
+    np.random.seed([9, 9])
+    assert VirtualWorld(3).run(body) == alone
+
+
+def test_a_rank_may_replace_numpys_generator():
+    def body():
+        np.random.set_bit_generator(np.random.PCG64(dist.get_rank()))
+        dist.barrier()
+        return float(np.random.rand())
+
+    before = np.random.get_bit_generator()
+    alone = [float(np.random.RandomState(np.random.PCG64(rank)).rand()) for rank in range(3)]
+    assert VirtualWorld(3).run(body) == alone
+    assert np.random.get_bit_generator() is before
+
+
+def test_a_rank_goes_on_with_its_numbers_after_an_inner_world_and_after_an_error():
+    def inner():
+        draws()
+        raise ValueError("here")
+
+    def body():
+        first = random.random(), float(np.random.rand())
+        with pytest.raises(ValueError, match="here"):
+            VirtualWorld(2).run(inner)
+        second = random.random(), float(np.random.rand())
+        dist.barrier()
+        return [*first, *second, random.random(), float(np.random.rand())]
+
+    random.seed(3), np.random.seed(3)
+    expected = [number for _ in range(3) for number in (random.random(), float(np.random.rand()))]
+    for _ in range(2):
+        random.seed(3), np.random.seed(3)
+        assert VirtualWorld(2).run(body) == [expected] * 2
+
+
+def test_python_generators_are_exchanged_by_their_own_methods_where_memory_is_laid_out_otherwise(monkeypatch):
+    monkeypatch.setattr("simulator.generators._COPIES_MEMORY", False)
+    test_global_generators_are_each_ranks_own_and_are_restored()
+
+
+def test_a_joint_backward_goes_on_with_the_ranks_numbers_and_singletons():
+    registry, numbers = Registry(), {}
+
+    class Draw(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            registry.rank = dist.get_rank()
+            random.seed(registry.rank), np.random.seed(registry.rank)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            numbers[registry.rank] = random.random(), float(np.random.rand())
+            return gradient
+
+    x = torch.ones(2, requires_grad=True)
+    outputs = VirtualWorld(3, autograd="joint", singletons=[registry]).run(Draw.apply, x)
+    sum(output.sum() for output in outputs).backward()
+    alone = {}
+    for rank in range(3):
+        random.seed(rank), np.random.seed(rank)
+        alone[rank] = random.random(), float(np.random.rand())
+    assert (numbers, registry.rank) == (alone, None)
+
+
 def test_the_default_dtype_is_each_ranks_own():
     def body():
         if dist.get_rank() == 1:
@@ -256,6 +348,34 @@ def test_singletons_are_each_ranks_own_and_are_restored():
     with pytest.raises(ValueError, match="here"):
         VirtualWorld(2, singletons=[registry]).run(failing)
     assert registry.rank is None
+
+
+def test_a_rank_may_delete_an_attribute():
+    module = types.ModuleType("settings")
+    module.GROUP = 1
+
+    def body():
+        if dist.get_rank() == 0:
+            del module.GROUP
+        dist.barrier()
+        return hasattr(module, "GROUP")
+
+    assert VirtualWorld(2, singletons=[(module, "GROUP")]).run(body) == [False, True]
+    assert module.GROUP == 1
+
+
+def test_containers_of_the_standard_library_are_copied():
+    registry = Registry()
+    registry.calls, registry.order = collections.defaultdict(int), collections.deque()
+
+    def body():
+        registry.calls[dist.get_rank()] += 1
+        registry.order.append(dist.get_rank())
+        dist.barrier()
+        return dict(registry.calls), list(registry.order)
+
+    assert VirtualWorld(2, singletons=[registry]).run(body) == [({0: 1}, [0]), ({1: 1}, [1])]
+    assert (registry.calls, len(registry.order)) == ({}, 0)
 
 
 @pytest.mark.parametrize(
