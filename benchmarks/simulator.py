@@ -1,7 +1,7 @@
 """How long one attention step takes on virtual ranks, with each instrument off and on, beside PyTorch's simulators.
 
 One step is forward and backward of one causal attention: P ranks with one token each, head dim 16, float32. "Uneven"
-has P + 3 heads, so that ranks hold one or two. The plan is made before the clock starts; the world is started within it.
+has P + 3 heads, so that ranks hold one or two. The plan is made before the clock starts; the world is started within.
 
 - "loop": no ranks at all. One thread packs, attends (SDPA) and unpacks for each rank in turn, and differentiates; the
   exchange itself is one `stack` of all ranks' tensors.

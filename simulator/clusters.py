@@ -39,7 +39,7 @@ Each number is one of these, or the preset says "assumed".
 - [launch] forums.developer.nvidia.com/t/233645.
 
 What the model does not see makes it too fast rather than too slow. Of what was published: an all-to-all in which each
-of 8 H200 (NVLink as H100) sends 84.7e6 bytes took 0.417e-3 s (pypi.org/project/fast-ulysses); the model says 0.237e-3 s.
+of 8 H200 (NVLink as H100) sends 84.7e6 bytes took 0.417e-3 s (pypi.org/project/fast-ulysses); the model says 0.237e-3.
 """
 
 from __future__ import annotations
