@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,83 @@ def demo(
         if first:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+@app.command()
+def trace(
+    script: Annotated[Path, typer.Argument(help="A script that torchrun could start.", show_default=False)],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="What the script gets: write -- before it.", show_default=False)
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Virtual ranks, as torchrun's --nproc-per-node.")] = 4,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            help="Hardware whose time is kept: a100-node, h100-node, a100-nodes, h100-nodes, pcie-node, or none."
+        ),
+    ] = "h100-nodes",
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("seqpar-trace"),
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Draw another order of the ranks. [one fixed order]", show_default=False),
+    ] = None,
+    hazards: Annotated[
+        str, typer.Option(help="record: go on and list them. raise: stop at the first. off: do not look.")
+    ] = "record",
+    cuda: Annotated[bool, typer.Option("--cuda", help="torch.cuda.is_available() says yes.")] = False,
+) -> None:
+    """Run a torchrun script on virtual ranks: who sends what to whom, from which line, when, and what is a race.
+
+    Exit code: 0, or 1 if the script failed or no rank could go on, or 2 if hazards were found.
+    """
+    print("importing torch ...", flush=True)
+    from simulator.errors import SimulatorError
+    from simulator.report import FILES, hazards_text, write_report
+    from simulator.script import Script, describe_failure
+    from simulator.world import VirtualWorld
+
+    from .errors import ArgumentError, SeqparError
+
+    try:
+        if ranks < 1:
+            raise ArgumentError(f"--ranks {ranks} is no number of ranks.", "Use at least 1.")
+        program = Script(script, arguments or [])
+        keeps_time = cluster != "none"
+        world = VirtualWorld(
+            ranks,
+            seed=seed,
+            hazards=hazards,  # type: ignore[arg-type]
+            cluster=cluster if keeps_time else None,
+            singletons=program.singletons,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+    except (SeqparError, SimulatorError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        print(
+            f"ArgumentError: --out {out} is no folder: {error.strerror}.\n  Name another one.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+
+    print(f"running {script} on {ranks} virtual ranks ...", flush=True)
+    start, failed = time.perf_counter(), False
+    try:
+        program.run(world, has_cuda=cuda)
+    except (Exception, KeyboardInterrupt) as error:
+        failed = True
+        print(f"\n{describe_failure(error)}\n", file=sys.stderr, flush=True)
+    ended = "stopped after" if failed else "done in"
+    print(f"running {script}: {ended} {time.perf_counter() - start:.1f} s; writing {out} ...\n", flush=True)
+    times = world.trace if keeps_time else None
+    files = write_report(out, world.ledger, world.hazards, times)
+    print(f"{world.ledger}\n\n{hazards_text(world.hazards)}\n")
+    if times is not None:
+        print(f"{times}\n")
+    for file in files:
+        print(f"{file}: {FILES[file.name]}")
+    raise typer.Exit(1 if failed else 2 if world.hazards else 0)
 
 
 def main() -> None:

@@ -79,3 +79,7 @@ class ClusterError(SimulatorError, ValueError):
 
 class LedgerError(SimulatorError, AssertionError):
     """A ledger does not say what was expected of it, or was asked for a kind, rank, line or group that is not there."""
+
+
+class ScriptError(SimulatorError):
+    """A script cannot be read, is no Python, or a rank has left it with an exit code other than 0."""

@@ -37,6 +37,11 @@ def lines_of(frame: Any) -> Lines:
     return tuple(lines)
 
 
+def is_program(filename: str) -> bool:
+    """Whether a source file belongs neither to torch nor to the simulator."""
+    return not filename.startswith(_NOT_THE_PROGRAM)
+
+
 def lines_text(lines: Lines) -> str:
     """`file.py:12 in inner < file.py:30 in outer`."""
     shown = [f"{code.co_filename}:{line} in {code.co_name}" for code, line in lines]
