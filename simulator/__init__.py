@@ -1,4 +1,4 @@
-"""Virtual ranks: ordinary torch.distributed code in one process. Every byte is counted, every hang and race explained."""
+"""Virtual ranks: ordinary torch.distributed code in one process, every byte counted, every hang and race explained."""
 
 from . import collectives, streams
 from .clusters import Cluster

@@ -152,10 +152,17 @@ class Scheduler:
         following = self._choose()
         if following == rank:
             return
-        self._leave(rank)
+        self._exchange(self._leave, rank)
         self._pass_on(following)
         self._batons[rank].acquire()
-        self._enter(rank)
+        self._exchange(self._enter, rank)
+
+    def _exchange(self, hook: Callable[[int], None], rank: int) -> None:
+        """Call `enter` or `leave`; if that fails the world does, and the baton goes on all the same."""
+        try:
+            hook(rank)
+        except BaseException as error:
+            self.fail(error)
 
     def _pass_on(self, rank: int | None) -> None:
         if rank is None:
@@ -171,7 +178,7 @@ class Scheduler:
             thread.start()
 
     def _main(self, rank: int) -> None:
-        self._enter(rank)
+        self._exchange(self._enter, rank)
         try:
             if self.failure is None:
                 self._body(rank)
@@ -188,5 +195,5 @@ class Scheduler:
 
     def _end(self, rank: int) -> None:
         self.finished.add(rank)
-        self._leave(rank)
+        self._exchange(self._leave, rank)
         self._pass_on(self._choose())

@@ -291,20 +291,21 @@ def _wait_for_functional_collectives(result: Any) -> None:
 
 
 def _thread_modes() -> Callable[[], contextlib.ExitStack]:
-    """The caller's grad and autocast modes, to enter in another thread."""
+    """The caller's grad and autocast modes and default device, to enter in another thread."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    device = torch.get_default_device()
     autocast = {
-        device: torch.get_autocast_dtype(device)
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
+        kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
     }
 
     def enter() -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
-        for device, dtype in autocast.items():
-            stack.enter_context(torch.autocast(device, dtype=dtype))
+        for kind, dtype in autocast.items():
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        if device.type != "cpu":
+            stack.enter_context(device)
         return stack
 
     return enter

@@ -385,3 +385,37 @@ def test_containers_of_the_standard_library_are_copied():
 def test_singletons_that_cannot_be_exchanged_are_refused(entries):
     with pytest.raises(WorldError):
         VirtualWorld(2, singletons=entries)
+
+
+def test_the_default_device_is_the_callers():
+    with torch.device("meta"):
+        assert VirtualWorld(2).run(lambda: str(torch.ones(1).device)) == ["meta"] * 2
+    assert VirtualWorld(2).run(lambda: str(torch.ones(1).device)) == ["cpu"] * 2
+
+
+class Stubborn:
+    """Cannot be read any more once a rank has set it."""
+
+    def __init__(self):
+        self.broken = False
+
+    @property
+    def value(self):
+        if self.broken and dist.is_initialized():
+            raise RuntimeError("gone")
+        return 1
+
+    @value.setter
+    def value(self, value):
+        pass
+
+
+def test_state_that_cannot_be_exchanged_stops_the_world():
+    stubborn = Stubborn()
+
+    def body():
+        stubborn.broken = True
+        dist.barrier()
+
+    with pytest.raises(RuntimeError, match="gone"):
+        VirtualWorld(3, singletons=[(stubborn, "value")]).run(body)
