@@ -408,3 +408,14 @@ def test_bytes_of_messages_and_of_groups_stand_at_global_ranks():
     world = VirtualWorld(3)
     world.run(body)
     assert world.bytes.tolist() == [[0, 0, 4], [0, 0, 0], [4, 20, 0]]
+
+
+def test_averages():
+    def body():
+        rank = dist.get_rank()
+        x, out = torch.full((2,), float(rank)), torch.empty(1)
+        dist.all_reduce(x, dist.ReduceOp.AVG)
+        dist.reduce_scatter_single(out, torch.arange(3.0) + 3 * rank, dist.ReduceOp.AVG)
+        return x.tolist(), out.item()
+
+    assert VirtualWorld(3).run(body) == [([1.0, 1.0], 3.0), ([1.0, 1.0], 4.0), ([1.0, 1.0], 5.0)]
