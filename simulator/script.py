@@ -11,10 +11,12 @@ that the script finds in its own folder exist once for each rank. Packages that 
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -50,7 +52,9 @@ class Script:
     @property
     def singletons(self) -> list[tuple[Any, str]]:
         """What each rank is to have for itself, for `VirtualWorld(singletons=...)`."""
-        return [(self, "modules"), (sys, "argv"), (sys, "path"), (sys, "meta_path")]
+        own = [(self, "modules"), (sys, "argv"), (sys, "path"), (sys, "meta_path")]
+        # A rank that waits for others while it imports must not keep them from importing a module of the same name.
+        return [*own, (importlib._bootstrap, "_module_locks")]  # type: ignore[attr-defined]
 
     @property
     def modules(self) -> dict[str, ModuleType]:
@@ -74,8 +78,13 @@ class Script:
             ScriptError: a rank has called sys.exit with something else than 0.
             Exception: as `VirtualWorld.run`.
         """
-        with cuda_on_cpu(world.size, has_cuda):
-            world.run(self._run_as_main)
+        handle = signal.signal
+        signal.signal = _ignored_on_ranks(handle)  # type: ignore[assignment]
+        try:
+            with cuda_on_cpu(world.size, has_cuda):
+                world.run(self._run_as_main)
+        finally:
+            signal.signal = handle
 
     def _run_as_main(self) -> None:
         main = ModuleType("__main__")
@@ -97,6 +106,13 @@ class Script:
                         f"{rank} called sys.exit({end.code!r}).\n"
                         "  A script that ends well calls sys.exit(0), or nothing; look at what it has printed above."
                     ) from None
+
+
+def _ignored_on_ranks(handle: Callable[..., Any]) -> Callable[..., Any]:
+    """Python lets only the main thread, which is no rank, handle signals."""
+    return lambda number, handler: (
+        handle(number, handler) if process_state.current() is None else signal.getsignal(number)
+    )
 
 
 class _BesideTheScript(MetaPathFinder):
