@@ -144,11 +144,8 @@ def _replacements(size: int, is_available: bool) -> Iterator[tuple[Any, str, Any
         for name, function in functions.items():
             if name in vars(owner):
                 yield owner, name, function
-    yield (
-        distributed_c10d,
-        "default_pg_nccl_timeout",
-        timedelta(minutes=10),
-    )  # else torch warns that it has no nccl
+    # Without a timeout, torch warns that it has no nccl.
+    yield distributed_c10d, "default_pg_nccl_timeout", timedelta(minutes=10)
     for name in ("range_push", "range_pop", "mark"):
         yield torch.cuda.nvtx, name, _nothing
     names = {
