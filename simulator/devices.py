@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from . import process_state
+from .rank_modes import RankMode
 from .source_lines import is_program
 
 _CUDA = re.compile(r"cuda(:\d+)?")
@@ -68,29 +68,8 @@ class OnCpu(TorchFunctionMode):
         return function(*args[:1], *(_cpu(x, numbers) for x in args[1:]), **_all_cpu(kwargs))
 
 
-class BackwardOnCpu(TorchDispatchMode):
-    """The same for functions that a backward pass calls, in which no TorchFunctionMode is on.
-
-    It is put on the thread's stack by hand, for the reason that `simulator.observer.Observer` gives.
-    """
-
-    supports_higher_order_operators = True
-
-    def __enter__(self) -> BackwardOnCpu:
-        _push_mode(self)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _pop_mode()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """As the observer's."""
-        return True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
+class BackwardOnCpu(RankMode):
+    """The same for functions that a backward pass calls, in which no TorchFunctionMode is on."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return operation(*args, **_all_cpu(kwargs or {}))

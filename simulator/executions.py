@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import collectives
 from .buffers import nbytes
+from .calls import Call
 from .errors import CollectiveMismatchError
-from .matching import Call, Collective
+from .matching import Collective
 
 
 def _row_elements(tensor: Tensor) -> int:

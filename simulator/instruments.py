@@ -11,7 +11,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .accesses import Access
-    from .matching import Call, Channel
+    from .calls import Call
+    from .matching import Channel
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from .errors import UnsupportedOperationError, UnsupportedTransformError
 from .graphs import leaves_of, unique
 
 if TYPE_CHECKING:
-    from .world import Run
+    from .run import Run
 
 Tensors = Sequence[Tensor]
 

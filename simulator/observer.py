@@ -13,54 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _pop_mode,
-    _push_mode,
-    is_traceable_wrapper_subclass_type,
-)
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from . import process_state, streams
 from .accesses import Access, accesses_of, results_of
 from .buffers import unobserved
 from .instruments import Instruments
+from .rank_modes import RankMode
 
 _WITH_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _READING_METHODS = ("tolist", "numpy", "__dlpack__", "__deepcopy__", "__reduce_ex__")
 
 
-class Observer(TorchDispatchMode):
-    """Watches the operations of one rank.
-
-    It is put on the thread's stack of modes by hand: a mode's own `__enter__` also sets flags of the whole process,
-    which threads that leave in another order than they came would leave behind.
-    """
-
-    supports_higher_order_operators = True
+class Observer(RankMode):
+    """Watches the operations of one rank."""
 
     def __init__(self, rank: int, instruments: Instruments) -> None:
         super().__init__()
         self._rank = rank
         self._watching = [x for x in instruments.all if x.watches_operations]
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """torch.compile compiles as it would without this mode."""
-        return True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Else torch would wrap `__torch_dispatch__`, and import its compiler, 1.5 s, for the first operation."""
-        return False
-
-    def __enter__(self) -> Observer:
-        if self._watching:
-            _push_mode(self)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._watching:
-            _pop_mode()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
@@ -79,14 +50,11 @@ class Observer(TorchDispatchMode):
         return result
 
 
-def _never_compile(function: Callable[..., Any]) -> None:
-    """torch.compile is to leave the function alone, and what it calls."""
-    dynamo = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
-
-
-_never_compile(Observer.__torch_dispatch__)
+def watching(rank: int, instruments: Instruments) -> contextlib.AbstractContextManager[Any]:
+    """Watch a rank, if one of the instruments wants to see its operations."""
+    if any(x.watches_operations for x in instruments.all):
+        return Observer(rank, instruments)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -31,9 +31,11 @@ from .buffers import (
     rows_by_rank,
     unobserved,
 )
+from .calls import Call
 from .errors import BufferError, StaleGroupError, UnsupportedOperationError
 from .executions import COLLECTIVES
-from .matching import Call, Channel, Message
+from .matching import Channel
+from .messages import Message
 from .source_lines import Lines, program_lines
 from .work import AllOf, VirtualWork
 
@@ -257,7 +259,7 @@ class VirtualGroup(dist.ProcessGroup):
             with unobserved():
                 call.inputs = [tensor.detach().clone()]
         message = Message(self.channel, call, sends, peer, tag, self.channel.run.next_order())
-        self.channel.post(message)
+        self.channel.mailbox.post(message)
         work = VirtualWork(call, message)
         if self._coalesced is not None:
             self._coalesced.append(work)

@@ -13,7 +13,7 @@ from . import process_state
 from .source_lines import lines_text, program_lines
 
 if TYPE_CHECKING:
-    from .world import Run
+    from .run import Run
 
 
 class VirtualStore(dist.Store):

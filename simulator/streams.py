@@ -19,24 +19,16 @@ priorities, and streams of several devices in one rank.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import process_state
-from .accesses import Access, allocates, region_of
-from .clock import COMPUTE, Clock, Mark
-from .errors import StreamError, StreamRaceError
-from .hazards import Reports
-from .instruments import Instrument
-from .matching import Call
-from .races import DEFAULT, Timeline, Touch
-from .source_lines import Lines, lines_text, program_lines
-
-_READ_BY_HOST = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "Tensor.tolist", "Tensor.numpy")
+from .boards import Board, Moment
+from .errors import StreamError
+from .races import DEFAULT
 
 
 class Stream:
@@ -51,12 +43,9 @@ class Stream:
 
     def __init__(self, device: Any = None, *, priority: int = 0, **options: Any) -> None:
         board = _board()
-        self._join_board(board, board.new_stream())
+        self._board, self.stream_id = board, board.new_stream()
 
-    def _join_board(self, board: _Board, number: int) -> None:
-        self._board, self.stream_id = board, number
-        self.device = torch.device("cpu")
-        self._outside: list[Stream] = []
+    device = torch.device("cpu")
 
     def wait_stream(self, stream: Stream) -> None:
         """What comes next on this stream comes after all that `stream` has been given so far."""
@@ -86,14 +75,15 @@ class Stream:
 
     def __enter__(self) -> Stream:
         board = self._checked()
-        self._outside.append(board.current)
-        board.switch(self)
+        board.outside.append(board.current)
+        board.switch(self.stream_id)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._checked().switch(self._outside.pop())
+        board = self._checked()
+        board.switch(board.outside.pop())
 
-    def _checked(self) -> _Board:
+    def _checked(self) -> Board:
         board = _board()
         if board is not self._board:
             raise StreamError(f"{self!r} is used on another rank, or in another run.\n  Make one there.")
@@ -118,7 +108,7 @@ class Event:
 
     def __init__(self, device: Any = None, enable_timing: bool = False, **options: Any) -> None:
         self._moment: Moment | None = None
-        self._recorded_on: _Board | None = None
+        self._recorded_on: Board | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         """Stand behind all that the stream, else the current one, has been given so far."""
@@ -147,7 +137,7 @@ class Event:
             "a virtual event has no time.\n  Pass cluster= to VirtualWorld and look at `world.trace`."
         )
 
-    def _moment_of(self, board: _Board) -> Moment:
+    def _moment_of(self, board: Board) -> Moment:
         if self._moment is None or board is not self._recorded_on:
             raise StreamError(
                 "an event of another rank, or of another run, is waited for.\n  Record one there."
@@ -157,17 +147,24 @@ class Event:
 
 def current_stream(device: Any = None) -> Stream:
     """The stream that the rank's next operation goes to."""
-    return _board().current
+    board = _board()
+    return _stream_of(board, board.current)
 
 
 def default_stream(device: Any = None) -> Stream:
     """The stream on which a rank begins."""
-    return _board().default
+    return _stream_of(_board(), DEFAULT)
+
+
+def _stream_of(board: Board, number: int) -> Stream:
+    stream = Stream.__new__(Stream)
+    stream._board, stream.stream_id = board, number
+    return stream
 
 
 def set_stream(stream: Stream) -> None:
     """Make a stream the current one."""
-    stream._checked().switch(stream)
+    stream._checked().switch(stream.stream_id)
 
 
 @contextlib.contextmanager
@@ -184,165 +181,13 @@ def synchronize(device: Any = None) -> None:
         board.host_waits(board.moment(number))
 
 
-class Moment(NamedTuple):
-    """A place behind all that a stream has been given so far: what had happened, and the mark in virtual time."""
-
-    happened: dict[int, int]
-    mark: Mark | None
-
-
-class _Board:
-    """One rank's streams, from the first time that its program asks for one. `clock` is there if time is kept."""
-
-    def __init__(self, rank: int, clock: Clock | None) -> None:
-        self.rank, self.clock = rank, clock
-        self.timeline = Timeline()
-        self.names = {DEFAULT: "the default stream"}
-        self.of_groups: dict[Any, int] = {}
-        self.default = self.current = Stream.__new__(Stream)
-        self.default._join_board(self, DEFAULT)
-
-    def new_stream(self, name: str = "") -> int:
-        number = self.timeline.new_stream()
-        self.names[number] = name or f"stream {number}"
-        return number
-
-    def switch(self, stream: Stream) -> None:
-        self.current = stream
-        if self.clock is not None:
-            self.clock.switch(self.rank, self._lane(stream.stream_id))
-
-    def moment(self, number: int) -> Moment:
-        mark = None
-        if self.clock is not None and number not in self.of_groups.values():
-            mark = self.clock.mark(self.rank, self._lane(number))
-        return Moment(dict(self.timeline.clocks[number]), mark)
-
-    def wait(self, number: int, moment: Moment) -> None:
-        """What a stream is given from now on comes after the moment."""
-        self.timeline.join(self.timeline.clocks[number], moment.happened)
-        if self.clock is not None and moment.mark is not None:
-            self.clock.join(self.rank, moment.mark, self._lane(number))
-
-    def host_waits(self, moment: Moment) -> None:
-        """What any stream is given from now on comes after the moment."""
-        self.timeline.join(self.timeline.host, moment.happened)
-        if self.clock is not None and moment.mark is not None:
-            self.clock.synchronize(self.rank, moment.mark)
-
-    def _lane(self, number: int) -> str:
-        return COMPUTE if number == DEFAULT else self.names[number]
-
-
-class Streams(Instrument):
-    """Follows what each stream touches, on ranks whose programs use streams."""
-
-    watches_operations = True
-
-    def __init__(self, size: int, reports: Reports, clock: Clock | None) -> None:
-        self._reports, self._clock = reports, clock
-        self._boards: list[_Board | None] = [None] * size
-        self._pending: list[dict[Call, dict[int, int] | None]] = [{} for _ in range(size)]
-
-    def board(self, rank: int) -> _Board:
-        """The rank's streams; made, with what is in flight, when they are first asked for."""
-        board = self._boards[rank]
-        if board is None:
-            board = self._boards[rank] = _Board(rank, self._clock)
-            for call in self._pending[rank]:
-                self._communicate(rank, board, call)
-        return board
-
-    def is_watching(self, rank: int) -> bool:
-        return self._boards[rank] is not None
-
-    def issued(self, rank: int, call: Call) -> None:
-        board = self._boards[rank]
-        self._pending[rank][call] = None
-        if board is not None:
-            self._communicate(rank, board, call)
-
-    def _communicate(self, rank: int, board: _Board, call: Call) -> None:
-        """A group's collectives run on a stream of their own, behind what the current stream has been given."""
-        timeline = board.timeline
-        number = board.of_groups.get(call.group)
-        if number is None:
-            number = board.of_groups[call.group] = board.new_stream(
-                f"the communication stream of {call.group}"
-            )
-        timeline.join(timeline.clocks[number], timeline.clocks[board.current.stream_id])
-        operation = timeline.launch(number)
-        for tensors, writes in ((call.inputs, False), (call.outputs, True)):
-            for tensor in tensors:
-                touch = Touch(region_of(tensor), number, operation, writes, str(call), call.where)
-                self._touch(rank, board, tensor, touch)
-        self._pending[rank][call] = dict(timeline.clocks[number])
-
-    def waited(self, rank: int, call: Call) -> None:
-        board, done = self._boards[rank], self._pending[rank].pop(call, None)
-        if board is not None and done is not None:
-            board.timeline.join(board.timeline.clocks[board.current.stream_id], done)
-
-    def finish(self) -> None:
-        for pending in self._pending:  # calls that nobody waited for hold their tensors
-            pending.clear()
-
-    def backward(self, rank: int, tensors: Sequence[Tensor], inputs: Any, accumulates: bool) -> None:
-        board = self._boards[rank]
-        if board is not None:
-            for number in board.names:
-                board.wait(board.current.stream_id, board.moment(number))
-
-    def before(self, rank: int, operation: Any, accesses: Sequence[Access]) -> None:
-        if isinstance(operation, str):  # a method that is no operation: `after` is not called
-            self.after(rank, operation, (), {}, None, accesses)
-
-    def after(
-        self, rank: int, operation: Any, args: Any, kwargs: Any, result: Any, accesses: Sequence[Access]
-    ) -> None:
-        board = self.board(rank)
-        number = board.current.stream_id
-        if allocates(operation):
-            for tensor in pytree.tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    board.timeline.allocate(tensor)
-        if accesses:
-            place, where, name = board.timeline.launch(number), program_lines(), str(operation)
-            for access in accesses:
-                touch = Touch(region_of(access.tensor), number, place, access.writes, name, where)
-                self._touch(rank, board, access.tensor, touch)
-        if str(operation).removeprefix("aten.").removesuffix(".default") in _READ_BY_HOST:
-            board.host_waits(board.moment(number))
-
-    def _touch(self, rank: int, board: _Board, tensor: Tensor, touch: Touch) -> None:
-        for earlier in list(board.timeline.touch(tensor, touch)):
-            self._report(rank, board, earlier, touch)
-
-    def _report(self, rank: int, board: _Board, earlier: Touch, later: Touch) -> None:
-        names = [board.names[touch.stream] for touch in (earlier, later)]
-        advice = f"wait_stream({names[0]}), or wait_event with an event recorded after the earlier access"
-        if earlier.stream in board.of_groups.values():
-            advice = f"call wait() on the Work while {names[1]} is current"
-        error = StreamRaceError(
-            f"rank {rank}: {_sentence(later, names[1])} races with {_sentence(earlier, names[0])}.\n"
-            f"  Make {names[1]} wait before the later access: {advice}."
-        )
-        self._reports.add(rank, error, later.where, earlier.where)
-
-
-def _sentence(touch: Touch, stream: str) -> str:
-    where: Lines = touch.where
-    line = lines_text(where[:1]) if where else "a line before the first stream was made"
-    return f"{touch.what} {'writing' if touch.writes else 'reading'} on {stream} at {line}"
-
-
-def _board() -> _Board:
+def _board() -> Board:
     state = process_state.current()
     if state is None:
         raise StreamError(
             "virtual streams belong to virtual ranks.\n  Use them in the function that VirtualWorld.run() calls."
         )
-    board: _Board = state.run.streams.board(state.rank)
+    board: Board = state.run.streams.board(state.rank)
     return board
 
 

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import process_state
-from .matching import Call, Meeting, Message
+from .calls import Call
+from .matching import Meeting
+from .messages import Message
 
 _POLLS_BEFORE_BLOCKING = 10_000
 """A rank that asks this often whether a call is complete does nothing else: it waits."""
