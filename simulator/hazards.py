@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .accesses import Access, Region, region_of
 from .buffers import unobserved
+from .calls import Call
 from .errors import (
     EarlyAccessError,
     HazardError,
@@ -27,7 +28,6 @@ from .errors import (
 )
 from .graphs import leaves_of
 from .instruments import Instrument
-from .matching import Call
 from .scheduler import Scheduler
 from .source_lines import Lines, lines_text, program_lines
 
@@ -80,7 +80,8 @@ class InFlight:
     Attributes:
         regions: the memory of each buffer, and whether it is an output. An input that is part of an output is not
             there: the in-place forms.
-        contents: each input with a copy of what it held, to find writes that are no operation of PyTorch.
+        contents: each input that shares no byte with an output, with a copy of what it held, to find writes that are
+            no operation of PyTorch.
     """
 
     call: Call
@@ -109,8 +110,9 @@ class Hazards(Instrument):
             outputs = [region_of(x) for x in call.outputs]
             inputs = [x for x in call.inputs if not any(region.covers(region_of(x)) for region in outputs)]
             regions = [(region, True) for region in outputs] + [(region_of(x), False) for x in inputs]
+            apart = [x for x in inputs if not any(region.meets(region_of(x)) for region in outputs)]
             with unobserved():
-                contents = [(x, x.detach().clone()) for x in inputs]
+                contents = [(x, x.detach().clone()) for x in apart]
             own[call] = InFlight(call, regions, contents)
 
     def waited(self, rank: int, call: Call) -> None:
@@ -180,9 +182,10 @@ class Hazards(Instrument):
             forgotten = [call for call in own if not call.is_functional]
             own.clear()
             for call in forgotten:
+                others = f" (and {len(forgotten) - 1} more of this rank)" if len(forgotten) > 1 else ""
                 error = UnwaitedWorkError(
-                    f"rank {rank}: {call} at {lines_text(call.where)} was never waited for, nor were "
-                    f"{len(forgotten) - 1} others of this rank. What it receives is undefined.\n"
+                    f"rank {rank}: {call} at {lines_text(call.where)} was never waited for{others}; what it receives "
+                    "is undefined.\n"
                     "  Keep the Work that the call returns, and call wait() on it."
                 )
                 self._reports.add(rank, error, call.where, call.where)

@@ -214,6 +214,38 @@ def test_what_is_sent_may_not_be_written_beside_a_receive_of_the_same_line():
         VirtualWorld(2).run(body)
 
 
+def in_place_scatter(coalesced):
+    """The output is the rank's part of the input, as hardware allows."""
+    rank, inputs = dist.get_rank(), [torch.arange(4.0), torch.ones(4)]
+    if coalesced:
+        with dist._coalescing_manager(async_ops=True) as work:
+            for x in inputs:
+                dist.reduce_scatter_single(x[2 * rank : 2 * rank + 2], x)
+        work.wait()
+    else:
+        for x in inputs:
+            dist.reduce_scatter_single(x[2 * rank : 2 * rank + 2], x, async_op=True).wait()
+    return [x[2 * rank : 2 * rank + 2].tolist() for x in inputs]
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_the_in_place_forms_of_hardware_are_no_hazard(coalesced):
+    for seed in (None, 0, 1):
+        results = VirtualWorld(2, seed=seed).run(in_place_scatter, coalesced)
+        assert results == [[[0.0, 2.0], [2.0, 2.0]], [[4.0, 6.0], [2.0, 2.0]]]
+
+
+def test_the_in_place_forms_are_watched():
+    def body():
+        rank, x = dist.get_rank(), torch.ones(4)
+        work = dist.reduce_scatter_single(x[2 * rank : 2 * rank + 2], x, async_op=True)
+        x[2 * (1 - rank)] = 5  # in the input, beside the output
+        work.wait()
+
+    with pytest.raises(InFlightWriteError):
+        VirtualWorld(2).run(body)
+
+
 def test_two_calls_may_read_one_buffer_and_work_on_two_halves():
     def body():
         x, peer = torch.ones(4), 1 - dist.get_rank()
