@@ -14,6 +14,7 @@ from .pictures import LABEL, OKABE_ITO, DrawingError, Picture, byte_unit, readab
 COMPUTE, COMMUNICATION = OKABE_ITO[0], OKABE_ITO[1]
 OTHER_STREAMS = (OKABE_ITO[2], OKABE_ITO[4], OKABE_ITO[5])
 _COMMUNICATION_LANES = ("communication", "send", "receive")
+_MOST_PARTED = 100  # bars of a lane that are parted by a white line; of more, the lines would hide the bars
 _NAMED_PART = 0.05  # of the time that is shown: shorter spans carry no name
 
 
@@ -68,7 +69,8 @@ def _draw_lane(
     colour: str,
 ) -> None:
     bars = [(start / divisor, duration / divisor) for *_, start, duration in spans]
-    panel.broken_barh(bars, (place - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=0.3)
+    line = 0.3 if len(spans) <= _MOST_PARTED else 0.0
+    panel.broken_barh(bars, (place - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=line)
     for *_, name, start, duration in spans:
         shown = name.removeprefix("aten.").removesuffix(".default")
         if duration > _NAMED_PART * end and len(shown) < 110 * duration / end:

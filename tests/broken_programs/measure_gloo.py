@@ -4,6 +4,7 @@ python -m tests.broken_programs.measure_gloo
 """
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -16,14 +17,14 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "broken_programs.md"
 INTRODUCTION = """# Broken programs, here and on gloo
 
-Each of these programs is broken in a way that costs people days. The third column is the error that virtual ranks
+Each of these programs is broken in a way that costs people days. The second column is the error that virtual ranks
 give, within a second, with the rank and the source line. The last column is what gloo did with the same program on real
 processes, measured by `python -m tests.broken_programs.measure_gloo` (PyTorch {version}, CPU, a limit of {seconds:.0f}
-s, one run each). The programs are in `tests/broken_programs/programs.py`, each with its mended form, which runs without
-a report under several schedules.
+s, one run each: what races may end otherwise another time). The programs are in `tests/broken_programs/programs.py`,
+each with its mended form, which runs without a report under several schedules.
 
-| program | what is wrong | on virtual ranks | on gloo |
-|---|---|---|---|
+| program | on virtual ranks | on gloo |
+|---|---|---|
 """
 
 
@@ -40,9 +41,10 @@ def outcome(broken: Broken) -> str:
         hang = any(line.endswith(": not done") for line in lines)
         words = f"hangs (nothing after {SECONDS:.0f} s)" if hang else ""
         if errors:
-            words += (
-                "; another rank: " if hang else ""
-            ) + f"`{errors[0][:110].replace('|', '/').replace('`', '')}`"
+            error = re.sub(
+                r"\[/\S+\] ", "", errors[0]
+            )  # the place in gloo's source, on the machine that built it
+            words += ("; another rank: " if hang else "") + error[:110].replace("|", "/").replace("`", "")
         return words or f"fails: {lines[0][:110]}"
     return "right, by luck" if found == right else "wrong values, silently"
 
@@ -61,7 +63,8 @@ def main() -> None:
         )
     (HERE / "gloo.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     rows = [
-        f"| `{name}` | {(broken.program.__doc__ or '').strip()} | `{broken.error.__name__}` | {found[name]} |\n"
+        f"| **{name.replace('_', ' ')}** {(broken.program.__doc__ or '').strip()} | `{broken.error.__name__}` "
+        f"| {found[name]} |\n"
         for name, broken in BROKEN.items()
     ]
     text = INTRODUCTION.format(version=torch.__version__, seconds=SECONDS) + "".join(rows)
