@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -68,6 +69,8 @@ def check_overlap(kind: str, many: Sequence[Tensor], one: Tensor, own: Tensor | 
 
 def check_disjoint(kind: str, tensors: Sequence[Tensor]) -> None:
     """Refuse outputs that share memory with each other."""
+    if len(tensors) < 2:
+        return
     ranges = sorted(_bytes_of(tensor) for tensor in tensors if tensor.numel())
     for (_, end), (following, _) in itertools.pairwise(ranges):
         if following < end:
@@ -107,14 +110,14 @@ def rows_by_rank(name: str, tensor: Tensor, splits: Sequence[int] | None, size: 
         raise BufferError(
             f"all_to_all_single: the {name} has no dims.\n  Pass a tensor with rows along dim 0."
         )
-    rows = len(tensor)
+    rows = tensor.shape[0]
     if not splits:
         if rows % size:
             raise BufferError(
                 f"all_to_all_single: the {name} has {rows} rows, which do not split in {size} equal parts.\n"
                 f"  Pass {name}_split_sizes, or a multiple of {size} rows."
             )
-        return np.full(size, rows // size, dtype=np.int64)
+        return _equal_rows(rows // size, size)
     sizes = np.asarray(splits, dtype=np.int64)
     if len(sizes) != size or sizes.sum() != rows or sizes.min() < 0:
         raise BufferError(
@@ -122,6 +125,14 @@ def rows_by_rank(name: str, tensor: Tensor, splits: Sequence[int] | None, size: 
             f"the {name} has {rows} rows and the group {size} ranks.\n"
             f"  Pass {size} sizes, none negative, with sum {rows}."
         )
+    return sizes
+
+
+@lru_cache(maxsize=64)
+def _equal_rows(rows: int, size: int) -> np.ndarray:
+    """The same array for every rank that asks."""
+    sizes = np.full(size, rows, dtype=np.int64)
+    sizes.flags.writeable = False
     return sizes
 
 
@@ -148,12 +159,10 @@ def poison(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Sequence[Tens
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
     """The network's work, not the rank's: no gradient, and no mode that the rank has entered sees it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        if torch._C._len_torch_function_stack():
-            stack.enter_context(torch._C.DisableTorchFunction())
+    nothing = contextlib.nullcontext()
+    dispatch = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nothing
+    function = torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else nothing
+    with torch.no_grad(), dispatch, function:
         yield
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .buffers import unobserved
 from .source_lines import Lines, lines_text
 
 if TYPE_CHECKING:
@@ -47,10 +46,9 @@ class Call:
     landed: bool = False
 
     def land(self, received: Sequence[Tensor]) -> None:
-        """Fill the outputs; a rank that is not the root of a reduce has none."""
-        with unobserved():
-            for output, tensor in zip(self.outputs, received, strict=False):
-                output.detach().copy_(tensor.view(output.shape))
+        """Fill the outputs, inside of `unobserved`; a rank that is not the root of a reduce has none."""
+        for output, tensor in zip(self.outputs, received, strict=False):
+            output.detach().copy_(tensor.view(output.shape))
         self.landed = True
 
     def __str__(self) -> str:

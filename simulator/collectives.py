@@ -46,10 +46,10 @@ def all_to_all(tensors: Sequence[Tensor], splits: Splits | None = None) -> list[
     size = len(tensors)
     tensors = _checked("all_to_all", tensors, rows=True)
     _check_alike("all_to_all", [(x.dtype, tuple(x.shape[1:])) for x in tensors])
-    counts = _split_matrix([len(x) for x in tensors], splits)
+    counts = _split_matrix([x.shape[0] for x in tensors], splits)
     rest = tensors[0].shape[1:]
-    if splits is None and len({len(x) for x in tensors}) == 1:
-        chunks = torch.stack(tuple(tensors)).unflatten(1, (size, len(tensors[0]) // size))
+    if (counts == counts[0, 0]).all():
+        chunks = torch.stack(tuple(tensors)).unflatten(1, (size, int(counts[0, 0])))
         return list(chunks.transpose(0, 1).reshape(size, len(tensors[0]), *rest).unbind())
     unit, total = int(np.gcd.reduce(counts, axis=None)) or 1, int(counts.sum())
     blocks = torch.cat(tuple(tensors)).reshape(total // unit, unit, *rest)

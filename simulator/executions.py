@@ -52,14 +52,14 @@ def _by_rank(columns: list[list[Tensor]], size: int) -> list[Sequence[Tensor]]:
 
 def _all_to_all_single(calls: list[Call]) -> list[Sequence[Tensor]]:
     width = _width(calls)
-    rows = [call.inputs[0].reshape(len(call.inputs[0]), width) for call in calls]
+    rows = [call.inputs[0].reshape(call.inputs[0].shape[0], width) for call in calls]
     splits = np.array([call.splits[0] for call in calls])  # type: ignore[index]
     return [[received] for received in collectives.all_to_all(rows, splits)]
 
 
 def _width(calls: list[Call]) -> int:
     """Elements of a row; a rank without rows does not matter."""
-    return next((_row_elements(call.inputs[0]) for call in calls if len(call.inputs[0])), 0)
+    return next((_row_elements(call.inputs[0]) for call in calls if call.inputs[0].shape[0]), 0)
 
 
 def _check_split_matrix(calls: list[Call]) -> None:
@@ -74,7 +74,7 @@ def _check_split_matrix(calls: list[Call]) -> None:
             f"  Make output_split_sizes[{sender}] on group rank {receiver} equal to input_split_sizes[{receiver}] on "
             f"group rank {sender}."
         )
-    widths = {_row_elements(x) for call in calls for x in (*call.inputs, *call.outputs) if len(x)}
+    widths = {_row_elements(x) for call in calls for x in (*call.inputs, *call.outputs) if x.shape[0]}
     if len(widths) > 1:
         raise CollectiveMismatchError(
             f"rows have {sorted(widths)} elements on different ranks, or in input and output.\n"

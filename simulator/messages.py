@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .buffers import nbytes
+from .buffers import nbytes, unobserved
 from .calls import Call, Waiting
 from .errors import CollectiveMismatchError
 from .instruments import Exchange
@@ -46,7 +46,8 @@ class Message:
             self.waiting.append(rank)
             scheduler.block(rank, Waiting(call, self))
         if not call.landed:
-            call.land([] if self.content is None else [self.content])
+            with unobserved():
+                call.land([] if self.content is None else [self.content])
 
 
 class Mailbox:

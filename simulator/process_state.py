@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch.distributed import distributed_c10d as c10d
 from .errors import WorldError
 from .generators import Beginning, Generators
 from .singletons import Singleton
+
+_INIT_PROCESS_GROUP = inspect.unwrap(dist.init_process_group).__code__
 
 _thread = threading.local()
 
@@ -60,7 +62,8 @@ class ProcessState:
         """The rank gets the baton."""
         os.environ._data = self.environment  # type: ignore[attr-defined]
         self._generators.enter()
-        torch.set_default_dtype(self._dtype)
+        if torch.get_default_dtype() != self._dtype:
+            torch.set_default_dtype(self._dtype)
         for singleton, value in self._singletons:
             singleton.put(value)
 
@@ -143,13 +146,11 @@ class GroupRegistry:
 
 
 def _asked_by_init_process_group() -> bool:
-    """Whether the reader of `group.WORLD` is init_process_group's test for a group that exists already."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(4):
-        if frame is None or frame.f_code.co_name == "init_process_group":
-            return frame is not None
-        frame = frame.f_back
-    return False
+    """Whether the reader of `group.WORLD` is init_process_group's test for a group that exists already.
+
+    Between it and here stand torch's property `WORLD`, the routed registry and `GroupRegistry.default_pg`.
+    """
+    return sys._getframe(4).f_code is _INIT_PROCESS_GROUP
 
 
 class _RoutedRegistry:

@@ -23,7 +23,7 @@ from .clusters import Cluster
 from .errors import DeadlockError
 from .generators import Beginning
 from .hazards import Hazards, Reports
-from .initialization import new_process_group, rendezvous
+from .initialization import make_default_group, new_process_group, rendezvous
 from .instruments import Exchange, Instruments
 from .ledger import Ledger
 from .matching import Channel, Meeting
@@ -60,6 +60,7 @@ class Run:
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
         self._states: list[process_state.ProcessState] = []
         self._order = itertools.count()
+        self._own_ranks = {rank: rank for rank in range(size)}
         self.origin: Lines = ()
         self.scheduler: Scheduler
 
@@ -116,8 +117,8 @@ class Run:
         return self._channels.setdefault((name, ranks), Channel(self, name, ranks))
 
     def make_default_group(self) -> None:
-        """The group of all ranks, for a program that does not call init_process_group itself."""
-        dist.init_process_group("gloo", init_method="env://")
+        """On the calling rank the group of all ranks, for a program that does not call init_process_group itself."""
+        make_default_group(self._own_ranks)
 
     def executed(self, exchange: Exchange) -> None:
         """Count the bytes of a collective or a message, and tell the instruments."""
