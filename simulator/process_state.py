@@ -81,9 +81,10 @@ class ProcessState:
         torch.set_num_threads(1)
         for group, name in self.groups.pg_names.items():
             torch._C._distributed_c10d._register_process_group(name, group)
-        one = torch.ones((), requires_grad=True)
-        while torch.autograd._get_sequence_nr() < self._graph_nodes:
-            one.view_as(one)
+        if self._graph_nodes:
+            one = torch.ones((), requires_grad=True)
+            while torch.autograd._get_sequence_nr() < self._graph_nodes:
+                one.view_as(one)
 
     def leave_thread(self) -> None:
         """Note how many autograd nodes the rank has made: backward takes the newest first, also after a re-entry."""

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives
 import torch.distributed.nn.functional
 from torch.utils import _pytree as pytree

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -31,12 +32,13 @@ def lines_of(frame: Any) -> Lines:
     """The same for a frame."""
     lines: list[tuple[CodeType, int]] = []
     while frame is not None and len(lines) <= _SHOWN_CALLERS:
-        if not frame.f_code.co_filename.startswith(_NOT_THE_PROGRAM):
+        if is_program(frame.f_code.co_filename):
             lines.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return tuple(lines)
 
 
+@cache
 def is_program(filename: str) -> bool:
     """Whether a source file belongs neither to torch nor to the simulator."""
     return not filename.startswith(_NOT_THE_PROGRAM)
