@@ -48,7 +48,7 @@ class Call:
     def land(self, received: Sequence[Tensor]) -> None:
         """Fill the outputs, inside of `unobserved`; a rank that is not the root of a reduce has none."""
         for output, tensor in zip(self.outputs, received, strict=False):
-            output.detach().copy_(tensor.view(output.shape))
+            output.copy_(tensor.view(output.shape))
         self.landed = True
 
     def __str__(self) -> str:

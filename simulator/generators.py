@@ -16,8 +16,10 @@ import torch
 
 _HEADER = object.__basicsize__
 _STATE = 4 + 624 * 4  # of a Mersenne twister in CPython: the index, and 624 words
+_Memory = ctypes.c_char * _STATE
 _numpy: Any = np.random
 _python: Any = random._inst  # type: ignore[attr-defined]
+_python_memory = _Memory.from_address(id(_python) + _HEADER)
 
 
 def _memory_is_the_state() -> bool:
@@ -26,7 +28,7 @@ def _memory_is_the_state() -> bool:
     one.random()
     if random.Random.__basicsize__ < _HEADER + _STATE:
         return False
-    ctypes.memmove(id(other) + _HEADER, id(one) + _HEADER, _STATE)
+    _Memory.from_address(id(other) + _HEADER).raw = _Memory.from_address(id(one) + _HEADER).raw
     return one.getstate() == other.getstate() and one.random() == other.random()
 
 
@@ -78,13 +80,14 @@ class Generators:
     def enter(self) -> None:
         """Make them the process's."""
         torch.default_generator.set_state(self._torch)
-        self._entered = self._beginning.numpy if self._numpy is None else self._numpy
-        _numpy.set_bit_generator(self._entered)
+        generator = self._beginning.numpy if self._numpy is None else self._numpy
+        _numpy.set_bit_generator(generator)
         if self._gaussian is not None:
             np.random.set_state(self._gaussian)
-        self._before = _numpy_memory(self._entered)
+        if generator is not self._entered:
+            self._entered, self._before = generator, _numpy_memory(generator)
         if self._memory is not None:
-            ctypes.memmove(id(_python) + _HEADER, self._memory, _STATE)
+            _python_memory.raw = self._memory
             _python.gauss_next = self._python
         else:
             _python.setstate(self._python)
@@ -98,13 +101,13 @@ class Generators:
         if used or generator is not self._entered:
             if self._numpy is None:
                 self._beginning.take()
-            self._numpy, self._gaussian = generator, _pending_gaussian()
+            self._numpy, self._gaussian, self._entered = generator, _pending_gaussian(), None
 
 
 def _python_state() -> tuple[Any, bytes | None]:
     """What `getstate` gives, and None; or the pending normal number, and the memory of the rest."""
     if _COPIES_MEMORY:
-        return _python.gauss_next, ctypes.string_at(id(_python) + _HEADER, _STATE)
+        return _python.gauss_next, _python_memory.raw
     return _python.getstate(), None
 
 
@@ -121,4 +124,4 @@ def _numpy_memory(generator: Any) -> object:
     """
     if not isinstance(generator, np.random.MT19937):
         return object()
-    return ctypes.string_at(generator.ctypes.state_address, _STATE)
+    return _Memory.from_address(generator.ctypes.state_address).raw

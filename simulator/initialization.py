@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -46,9 +47,14 @@ def new_process_group(
     group._set_group_name(group_name)
     group._set_group_desc(options.get("group_desc") or "undefined")
     registered = {"pg_tag": f"user:{tag}"} if tag else {"add_to_default_tag": True}
-    config = str(c10d.BackendConfig(backend))
-    c10d._register_pg_in_world(group, backend, prefix_store, group_name, config, **registered)
+    c10d._register_pg_in_world(group, backend, prefix_store, group_name, _config(str(backend)), **registered)
     return group, prefix_store
+
+
+@cache
+def _config(backend: str) -> str:
+    """What torch remembers of a backend: its devices."""
+    return str(c10d.BackendConfig(c10d.Backend(backend)))
 
 
 def rendezvous(
