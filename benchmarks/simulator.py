@@ -90,12 +90,12 @@ def ours(ranks: int, heads: int, autograd: str, instruments: str) -> Step:
     plan, shards = make_plan(ranks=ranks, heads=heads, tokens=ranks), shards_of(ranks, heads)
 
     def body(leaves):
-        query, key, value = (x[dist.get_rank()].view(1, 1, heads, HEAD_DIM) for x in leaves)
+        rank = dist.get_rank()
+        query, key, value = (x[rank].view(1, 1, heads, HEAD_DIM) for x in leaves)
         result = DistributedAttention(plan=plan)(query, key, value, is_causal=True)
         if autograd == "joint":
             return result
-        own = [x[dist.get_rank()] for x in leaves]
-        return torch.autograd.grad((result**2).sum(), own)
+        return torch.autograd.grad((result**2).sum(), [x[rank] for x in leaves])
 
     def step() -> torch.Tensor:
         leaves = [[x.clone().requires_grad_() for x in kind] for kind in shards]
@@ -133,8 +133,8 @@ class Exchange(torch.autograd.Function):
 def plain_step(query, key, value):
     """One token and as many heads as ranks, [ranks, dim] each: q, k and v in one exchange, the result in another."""
     received = Exchange.apply(torch.stack((query, key, value), dim=1))  # [tokens, 3, dim]
-    own_head = scaled_dot_product_attention(*(x[None, None] for x in received.unbind(1)), is_causal=True)[0, 0]
-    result = Exchange.apply(own_head.contiguous())
+    own_head = (x[None, None] for x in received.unbind(1))
+    result = Exchange.apply(scaled_dot_product_attention(*own_head, is_causal=True)[0, 0].contiguous())
     return torch.autograd.grad((result**2).sum(), (query, key, value))
 
 
@@ -143,7 +143,8 @@ def even_ours(ranks: int, instruments: str) -> Step:
     shards = shards_of(ranks, ranks)
 
     def body():
-        return torch.stack(plain_step(*(x[dist.get_rank()].clone().requires_grad_() for x in shards)))
+        rank = dist.get_rank()
+        return torch.stack(plain_step(*(x[rank].clone().requires_grad_() for x in shards)))
 
     return lambda: torch.stack(VirtualWorld(ranks, **INSTRUMENTS[instruments]).run(body), dim=1)
 

@@ -62,7 +62,8 @@ def _width(calls: list[Call]) -> int:
     return next((_row_elements(call.inputs[0]) for call in calls if call.inputs[0].shape[0]), 0)
 
 
-def _check_split_matrix(calls: list[Call]) -> None:
+def _sent_all_to_all(calls: list[Call]) -> np.ndarray:
+    """The splits say it; refused where what a rank sends is not what the other expects."""
     sent = np.array([call.splits[0] for call in calls], dtype=np.int64)  # type: ignore[index]
     received = np.array([call.splits[1] for call in calls], dtype=np.int64)  # type: ignore[index]
     wrong = np.argwhere(sent != received.T)
@@ -74,16 +75,13 @@ def _check_split_matrix(calls: list[Call]) -> None:
             f"  Make output_split_sizes[{sender}] on group rank {receiver} equal to input_split_sizes[{receiver}] on "
             f"group rank {sender}."
         )
-    widths = {_row_elements(x) for call in calls for x in (*call.inputs, *call.outputs) if x.shape[0]}
+    shapes = {x.shape for call in calls for x in (*call.inputs, *call.outputs)}
+    widths = {math.prod(shape[1:]) for shape in shapes if shape[0]}
     if len(widths) > 1:
         raise CollectiveMismatchError(
             f"rows have {sorted(widths)} elements on different ranks, or in input and output.\n"
             "  Give all tensors the same dims after the first."
         )
-
-
-def _sent_all_to_all(calls: list[Call]) -> np.ndarray:
-    sent = np.array([call.splits[0] for call in calls], dtype=np.int64)  # type: ignore[index]
     return _others(sent * _width(calls) * calls[0].inputs[0].element_size())
 
 
@@ -91,10 +89,18 @@ def _all_to_all_list(calls: list[Call]) -> list[Sequence[Tensor]]:
     return [[call.inputs[rank] for call in calls] for rank in range(len(calls))]
 
 
-def _check_lists(tensor_for: Callable[[Call, int], Tensor], buffer_from: Callable[[Call, int], Tensor]):  # type: ignore[no-untyped-def]
-    """List forms: what rank r has for rank s must fit the buffer that s keeps for r."""
+def _sent_lists(calls: list[Call]) -> np.ndarray:
+    return _others(np.array([[nbytes(x) for x in call.inputs] for call in calls], dtype=np.int64))
 
-    def check(calls: list[Call]) -> None:
+
+def _fitting(
+    sent: Callable[[list[Call]], np.ndarray],
+    tensor_for: Callable[[Call, int], Tensor],
+    buffer_from: Callable[[Call, int], Tensor],
+) -> Callable[[list[Call]], np.ndarray]:
+    """For list forms: `sent`, refused where what rank r has for rank s does not fit the buffer that s keeps for r."""
+
+    def checked(calls: list[Call]) -> np.ndarray:
         for receiver, call in enumerate(calls):
             expected = [tensor_for(other, receiver).shape for other in calls]
             found = [buffer_from(call, sender).shape for sender in range(len(calls))]
@@ -104,12 +110,9 @@ def _check_lists(tensor_for: Callable[[Call, int], Tensor], buffer_from: Callabl
                     f"group rank {sender} has {list(expected[sender])} for group rank {receiver}, "
                     f"whose buffer for it is {list(found[sender])}.\n  Make both the same shape."
                 )
+        return sent(calls)
 
-    return check
-
-
-def _sent_lists(calls: list[Call]) -> np.ndarray:
-    return _others(np.array([[nbytes(x) for x in call.inputs] for call in calls], dtype=np.int64))
+    return checked
 
 
 def _all_gather_list(calls: list[Call]) -> list[Sequence[Tensor]]:
@@ -195,23 +198,20 @@ def _no_bytes(calls: list[Call]) -> np.ndarray:
 
 
 COLLECTIVES = {
-    "all_to_all_single": Collective(_all_to_all_single, _sent_all_to_all, _check_split_matrix),
+    "all_to_all_single": Collective(_all_to_all_single, _sent_all_to_all),
     "all_to_all": Collective(
         _all_to_all_list,
-        _sent_lists,
-        _check_lists(lambda call, to: call.inputs[to], lambda call, of: call.outputs[of]),
+        _fitting(_sent_lists, lambda call, to: call.inputs[to], lambda call, of: call.outputs[of]),
     ),
     "all_gather": Collective(
         _all_gather_list,
-        _sent_all_gather,
-        _check_lists(lambda call, to: call.inputs[0], lambda call, of: call.outputs[of]),
+        _fitting(_sent_all_gather, lambda call, to: call.inputs[0], lambda call, of: call.outputs[of]),
     ),
     "all_gather_single": Collective(_all_gather_single, _sent_all_gather),
     "all_reduce": Collective(_all_reduce, _sent_all_reduce),
     "reduce_scatter": Collective(
         _reduce_scatter_list,
-        _sent_lists,
-        _check_lists(lambda call, to: call.inputs[to], lambda call, of: call.outputs[0]),
+        _fitting(_sent_lists, lambda call, to: call.inputs[to], lambda call, of: call.outputs[0]),
     ),
     "reduce_scatter_single": Collective(_reduce_scatter_single, _sent_reduce_scatter_single),
     "reduce": Collective(_reduce, _to_root),

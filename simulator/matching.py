@@ -31,13 +31,12 @@ class Collective:
 
     Attributes:
         execute: gives, from all ranks' calls, what goes into each rank's outputs.
-        sent: gives, from all ranks' calls, the bytes [sender, receiver].
-        check: raises `CollectiveMismatchError` for what can be wrong although `agree` agrees.
+        sent: gives, from all ranks' calls, the bytes [sender, receiver]; called before `execute`, it raises
+            `CollectiveMismatchError` for what can be wrong although `agree` agrees.
     """
 
     execute: Callable[[list[Call]], list[Sequence[Tensor]]]
     sent: Callable[[list[Call]], np.ndarray]
-    check: Callable[[list[Call]], None] = lambda calls: None
 
 
 class Meeting:
@@ -63,7 +62,6 @@ class Meeting:
             return
         calls = [self.calls[rank] for rank in range(len(self.channel.ranks))]
         try:
-            collective.check(calls)
             self._execute(calls, collective)
         except CollectiveMismatchError as error:
             self.channel.run.scheduler.suspect(partial(self._explain, str(error)))

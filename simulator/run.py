@@ -59,6 +59,7 @@ class Run:
         self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
         self._states: list[process_state.ProcessState] = []
         self._order = itertools.count()
+        self._all = tuple(range(size))
         self._own_ranks = {rank: rank for rank in range(size)}
         self.origin: Lines = ()
         self.scheduler: Scheduler
@@ -121,7 +122,10 @@ class Run:
 
     def executed(self, exchange: Exchange) -> None:
         """Count the bytes of a collective or a message, and tell the instruments."""
-        self.bytes[np.ix_(exchange.ranks, exchange.ranks)] += exchange.matrix
+        if exchange.ranks == self._all:
+            self.bytes += exchange.matrix
+        else:
+            self.bytes[np.ix_(exchange.ranks, exchange.ranks)] += exchange.matrix
         self.instruments.executed(exchange)
 
     def next_order(self) -> int:

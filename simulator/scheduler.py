@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
-import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+from .cores import on_one_core
 
 DRAIN_SECONDS = 0.5
 """How long the other ranks may still run to the place where they stand, once the world is known to be wrong."""
@@ -71,7 +71,7 @@ class Scheduler:
         self._context, self._body = contextvars.copy_context(), body
         for baton in self._batons:
             baton.acquire()
-        with _on_one_core():
+        with on_one_core():
             self._pass_on(self._choose())
             try:
                 self._done.wait()
@@ -201,19 +201,3 @@ class Scheduler:
         self.finished.add(rank)
         self._exchange(self._leave, rank)
         self._pass_on(self._choose())
-
-
-@contextlib.contextmanager
-def _on_one_core() -> Iterator[None]:
-    """Bind the calling thread, and those that are started meanwhile, to the core that it runs on, where that can be."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, cores)

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import process_state
+from .cores import allow_cores, allowed_cores
 from .devices import BackwardOnCpu, OnCpu, cuda_on_cpu
 from .errors import ScriptError, SimulatorError
 from .source_lines import is_program
@@ -80,13 +81,15 @@ class Script:
         """
         handle = signal.signal
         signal.signal = _ignored_on_ranks(handle)  # type: ignore[assignment]
+        cores = allowed_cores()
         try:
             with cuda_on_cpu(world.size, has_cuda):
-                world.run(self._run_as_main)
+                world.run(self._run_as_main, cores)
         finally:
             signal.signal = handle
 
-    def _run_as_main(self) -> None:
+    def _run_as_main(self, cores: set[int]) -> None:
+        allow_cores(cores)  # for the processes that a script may start, such as those that load data
         main = ModuleType("__main__")
         main.__file__ = os.path.join(self.folder, self.path.name)
         main.__builtins__ = __builtins__  # type: ignore[attr-defined]

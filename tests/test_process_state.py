@@ -419,3 +419,14 @@ def test_state_that_cannot_be_exchanged_stops_the_world():
 
     with pytest.raises(RuntimeError, match="gone"):
         VirtualWorld(3, singletons=[(stubborn, "value")]).run(body)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no thread to a core")
+def test_ranks_share_one_core_and_the_caller_gets_its_own_back():
+    before = os.sched_getaffinity(0)
+    seen = VirtualWorld(3).run(lambda: os.sched_getaffinity(0))
+    assert len(seen[0]) == 1 and seen[0] <= before and seen == [seen[0]] * 3
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ZeroDivisionError):
+        VirtualWorld(2).run(lambda: 1 // 0)
+    assert os.sched_getaffinity(0) == before

@@ -63,6 +63,15 @@ def test_a_ddp_training_loop_written_for_gpus(tmp_path):
     assert again.output.count("Loading snapshot") == 2  # map_location="cuda:1"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no thread to a core")
+def test_processes_that_a_script_starts_may_use_all_cores(tmp_path):
+    cores = os.sched_getaffinity(0)
+    text = f"assert os.sched_getaffinity(0) == {cores}\ndist.barrier()\nassert os.sched_getaffinity(0) == {cores}\n"
+    done, _ = run_text(tmp_path, text, "--ranks", "3")
+    assert done.exit_code == 0, done.output
+    assert os.sched_getaffinity(0) == cores
+
+
 def test_a_pipeline_of_send_and_recv(tmp_path):
     done, ledger = run(
         SCRIPTS / "pipeline.py", tmp_path, "--ranks", "3", "--seed", "5", "--", "--microbatches", "5"
