@@ -13,7 +13,9 @@ has P + 3 heads, so that ranks hold one or two. The plan is made before the cloc
 
 Every variant's result is compared with the loop's before anything is timed. Runs alternate, variant by variant, after
 one warm run of each; Python's garbage collector is off within a run and runs between them, as in timeit. A variant
-whose warm run takes more than 10 s is run three times in all.
+whose warm run takes more than 10 s is run three times in all. Variants with uneven and with even heads are compared
+among themselves only, so each number of ranks and each of the two kinds has a fresh process of its own: memory that
+other variants have left in pieces costs up to 15 %.
 
     python benchmarks/simulator.py --ranks 8 64 256
 """
@@ -26,10 +28,13 @@ if __name__ == "__main__":
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -207,13 +212,15 @@ def even_multi_threaded(ranks: int) -> Step:
     return step
 
 
-def variants(ranks: int) -> dict[str, Step]:
-    """Every variant by name."""
-    found = {"loop, uneven": loop(ranks, ranks + 3)}
-    for autograd in ("faithful", "joint"):
-        for name in INSTRUMENTS:
-            found[f"ours, {autograd}: {name}"] = ours(ranks, ranks + 3, autograd, name)
-    found["loop, even"] = loop(ranks, ranks)
+def variants(ranks: int, heads: Literal["uneven", "even"]) -> dict[str, Step]:
+    """Every variant by name, the loop first."""
+    if heads == "uneven":
+        found = {"loop, uneven": loop(ranks, ranks + 3)}
+        for autograd in ("faithful", "joint"):
+            for name in INSTRUMENTS:
+                found[f"ours, {autograd}: {name}"] = ours(ranks, ranks + 3, autograd, name)
+        return found
+    found = {"loop, even": loop(ranks, ranks)}
     for name in ("off", "hazards, ledger"):
         found[f"even: ours, {name}"] = even_ours(ranks, name)
     found["even: LocalTensorMode"] = even_local_tensor(ranks)
@@ -232,14 +239,19 @@ def timed(step: Step) -> float:
         gc.enable()
 
 
-def measure(ranks: int, repeats: int, chosen: str) -> dict[str, list[float]]:
+def measure(
+    ranks: int, heads: Literal["uneven", "even"], repeats: int, chosen: str
+) -> dict[str, list[float]]:
     """Seconds of every run, by variant; a variant that fails, or gives another result, is named and left out."""
+    torch.set_num_threads(1)
     steps = {
-        name: step for name, step in variants(ranks).items() if chosen in name or name.startswith("loop")
+        name: step
+        for name, step in variants(ranks, heads).items()
+        if chosen in name or name.startswith("loop")
     }
     times: dict[str, list[float]] = {}
     warm: dict[str, float] = {}
-    expected = {"uneven": steps["loop, uneven"](), "even": steps["loop, even"]()}
+    right = steps[f"loop, {heads}"]()
     for name, step in steps.items():
         print(f"{ranks} ranks, warm run: {name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -249,7 +261,6 @@ def measure(ranks: int, repeats: int, chosen: str) -> dict[str, list[float]]:
             print(f"{ranks} ranks, {name}: cannot run this ({type(error).__name__}: {error})", flush=True)
             continue
         warm[name] = time.perf_counter() - start
-        right = expected["even" if name.startswith("even") or name == "loop, even" else "uneven"]
         difference = (found - right).abs().max().item()
         if difference > 1e-5:
             print(
@@ -259,11 +270,17 @@ def measure(ranks: int, repeats: int, chosen: str) -> dict[str, list[float]]:
             continue
         times[name] = []
     for repeat in range(repeats):
-        print(f"{ranks} ranks, run {repeat + 1} of {repeats} ...", file=sys.stderr, flush=True)
+        print(f"{ranks} ranks, {heads}, run {repeat + 1} of {repeats} ...", file=sys.stderr, flush=True)
         for name, own in times.items():
             if warm[name] < SLOW_SECONDS or repeat < SLOW_REPEATS:
                 own.append(timed(steps[name]))
     return times
+
+
+def in_a_fresh_process(*arguments: Any) -> dict[str, list[float]]:
+    """`measure`, where nothing has run before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(measure, *arguments).result()
 
 
 def show(ranks: int, times: dict[str, list[float]]) -> None:
@@ -320,10 +337,11 @@ def main() -> None:
     parser.add_argument("--variants", default="", help="only variants whose name contains this, and the loop")
     parser.add_argument("--json", help="write every run's seconds to this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = {}
+    results: dict[int, dict[str, list[float]]] = {}
     for ranks in options.ranks:
-        results[ranks] = measure(ranks, options.repeats, options.variants)
+        results[ranks] = {}
+        for heads in ("uneven", "even"):
+            results[ranks] |= in_a_fresh_process(ranks, heads, options.repeats, options.variants)
         show(ranks, results[ranks])
     if not options.variants:
         print("\nlimits (medians)")
