@@ -136,7 +136,9 @@ class Channel:
         scheduler.check(rank)
         number = self._arrived[call.rank]
         self._arrived[call.rank] += 1
-        meeting = self._meetings.setdefault(number, Meeting(self, number))
+        if number not in self._meetings:
+            self._meetings[number] = Meeting(self, number)
+        meeting = self._meetings[number]
         meeting.arrive(call, collective)
         scheduler.preempt(rank)
         return meeting

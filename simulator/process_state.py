@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def current() -> ProcessState | None:
     return getattr(_thread, "state", None)
 
 
+@cache
+def _shared_environment(size: int) -> dict[bytes, bytes]:
+    """What torchrun would tell all ranks alike."""
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return _encoded({**sizes, "GROUP_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500})
+
+
+def _encoded(variables: dict[str, object]) -> dict[bytes, bytes]:
+    """As `os.environ` keeps them."""
+    return {os.fsencode(name): os.fsencode(str(value)) for name, value in variables.items()}
+
+
 class ProcessState:
     """One rank's share of everything that torch and Python keep once per process."""
 
@@ -43,16 +56,8 @@ class ProcessState:
     ) -> None:
         self.run, self.rank = run, rank
         self.groups = GroupRegistry(run.make_default_group)
-        own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
-        shared = {
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": size,
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": 29500,
-        }
-        self.environment = os.environ._data.copy()  # type: ignore[attr-defined]
-        for name, value in {**own, **shared}.items():
-            self.environment[os.environ.encodekey(name)] = os.environ.encodevalue(str(value))  # type: ignore[attr-defined]
+        own = _encoded({"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank})
+        self.environment = {**os.environ._data, **_shared_environment(size), **own}  # type: ignore[attr-defined]
         self._generators = Generators(beginning)
         self._dtype = torch.get_default_dtype()
         self._singletons = [(singleton, singleton.start()) for singleton in singletons]

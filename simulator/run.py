@@ -114,7 +114,10 @@ class Run:
 
     def channel(self, name: str, ranks: tuple[int, ...]) -> Channel:
         """What the ranks of a group share; every rank that makes the group gets the same."""
-        return self._channels.setdefault((name, ranks), Channel(self, name, ranks))
+        key = name, ranks
+        if key not in self._channels:
+            self._channels[key] = Channel(self, name, ranks)
+        return self._channels[key]
 
     def make_default_group(self) -> None:
         """On the calling rank the group of all ranks, for a program that does not call init_process_group itself."""
@@ -183,8 +186,10 @@ def _thread_modes() -> Callable[[], contextlib.ExitStack]:
 
     def enter() -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(grad))
+        if inference:
+            stack.enter_context(torch.inference_mode())
+        if not grad:
+            stack.enter_context(torch.no_grad())
         for kind, dtype in autocast.items():
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         if device.type != "cpu":
