@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from .agreement import Record, agree
 from .checks import DTYPES, check_tensor, no_type_check
 from .errors import ArgumentError, LocalAttentionError, ShapeError, UnsupportedError
-from .exchange import check_qkv, heads_to_sequence, outside_graphs, qkv_to_heads
+from .exchange import check_qkv, heads_to_sequence, qkv_to_heads
+from .flight import outside_graphs
 from .group import Group, GroupLike, check_kind, check_size, group_of
 from .local_attention import fused_attention, fused_options, own_heads_of_mask
 from .plan import Plan

@@ -59,7 +59,6 @@ def demo(
         if backend == "virtual":
             demo_module.run_virtual(options, console)
         else:
-            demo_processes.check_device(options)
             code = demo_processes.run(options, console)
     except SeqparError as error:
         code = 1

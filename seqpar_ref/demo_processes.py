@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .demo import (
     DemoFailedError,
@@ -28,61 +27,18 @@ from .demo import (
     started_processes,
 )
 from .demo_models import LanguageModel, SmolLM2, Tiny
+from .device import device_of_backend, local_rank
 from .errors import ArgumentError, SeqparError
 from .progress import Steps
+from .sent import BytesSent
 
 TIMEOUT = timedelta(minutes=10)
-
-
-class NoAcceleratorError(SeqparError, RuntimeError):
-    """nccl was asked for on a machine without enough CUDA devices."""
-
-
-class BytesSent(TorchDispatchMode):
-    """Counts the bytes that this rank sends to each rank while the mode is on.
-
-    Only all_to_all_single is counted; `uncounted` names any other collective that ran.
-    """
-
-    def __init__(self, ranks: int) -> None:
-        super().__init__()
-        self.by_receiver = np.zeros(ranks, dtype=np.int64)
-        self.uncounted: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.c10d.alltoall_base_.default:
-            self._count(args[1], args[4])
-        elif func.namespace == "c10d":
-            self.uncounted.add(str(func))
-        return func(*args, **(kwargs or {}))
-
-    def _count(self, tensor: Tensor, splits: list[int]) -> None:
-        ranks = len(self.by_receiver)
-        rows = np.asarray(splits or [len(tensor) // ranks] * ranks)
-        row_bytes = tensor[:1].numel() * tensor.element_size()
-        sent = rows * row_bytes
-        sent[dist.get_rank()] = 0
-        self.by_receiver += sent
-
-
-def check_device(options: Options) -> None:
-    """Refuse nccl where this machine has too few CUDA devices for it.
-
-    Raises:
-        NoAcceleratorError: see above.
-    """
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", options.ranks))
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if options.backend == "nccl" and found < needed:
-        raise NoAcceleratorError(
-            f"nccl needs a CUDA device for each of the {needed} ranks on this machine; torch finds {found}.",
-            "Use --backend gloo or --backend virtual, or a machine with GPUs and a CUDA build of torch.",
-        )
 
 
 def run(options: Options, console: Console) -> int:
     """One rank's part where torchrun started this process; else start torchrun. Returns the exit code."""
     if "RANK" not in os.environ:
+        device_of_backend(options.backend, 0, options.ranks)
         return _launch(options)
     _run_rank(options, console)
     return 0
@@ -113,10 +69,7 @@ def _run_rank(options: Options, console: Console) -> None:
             f"--ranks is {options.ranks} and torchrun started {processes} processes.",
             f"Use torchrun --nproc-per-node {options.ranks}, or --ranks {processes}.",
         )
-    device = torch.device("cpu")
-    if options.backend == "nccl":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = device_of_backend(options.backend, *local_rank())
     dist.init_process_group(options.backend, timeout=TIMEOUT)
     try:
         _read_and_report(options, Steps(console), device)

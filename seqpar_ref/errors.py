@@ -48,6 +48,10 @@ class RankMismatchError(SeqparError, RuntimeError):
     """The ranks of one group called with sizes that do not belong together. Raised on all of them alike."""
 
 
+class OrderError(SeqparError, RuntimeError):
+    """The two halves of an exchange, start and finish, called in another order than once each."""
+
+
 class UnsupportedError(SeqparError, NotImplementedError):
     """Something that attention can mean and that this module does not do, such as cross attention."""
 
@@ -62,3 +66,7 @@ class RotaryError(SeqparError, ValueError):
 
 class LocalAttentionError(SeqparError, ValueError):
     """The local attention returned something that is not its rank's share of the output."""
+
+
+class NoAcceleratorError(SeqparError, RuntimeError):
+    """A backend for accelerators was asked for on a machine that has too few of them."""

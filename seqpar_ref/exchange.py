@@ -2,15 +2,12 @@ r"""From a shard of the sequence to a shard of the heads, and back.
 
 $$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
 
-Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other
-one: its cuts change places. So there is one autograd node, whose backward applies itself.
-
-Every rank communicates, forward and backward, whatever it owns: an empty shard takes part like any other.
+Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other one
+(see `flight.py`). Each function has a twin that only starts the exchange and returns a `Pending`; whatever
+runs before its `finish()` runs while the collective travels.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,26 +15,31 @@ from torch import Tensor
 
 from .checks import check_tensor, no_type_check
 from .errors import ArgumentError, ShapeError, TensorError
+from .flight import Exchange, Flight, outside_graphs
 from .group import Group, GroupLike, check_size, group_of
 from .plan import Heads, Plan
+from .routes import Load, Route, Wire, routes_to_heads, wire_of
 from .shapes import Layout, layout_of
-from .wire import Cut, Part
-
-MOST_KEPT_RANKS = 256
-
-Eager = TypeVar("Eager", bound=Callable[..., Any])
 
 
-def outside_graphs(function: Eager) -> Eager:
-    """Under torch.compile, leave the graph for this call: a collective among ranks stays plain Python."""
+class Pending:
+    """An exchange that was started: the result of one of the `start_...` functions.
 
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
+    The collective is issued, and the tensors that were given may be written to. Differentiable: the gradient's
+    exchange is started where `finish` stands, and finished where the start stands.
+    """
 
-    return call  # type: ignore[return-value]
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def finish(self) -> Any:
+        """Wait, and return what the function without `start_` returns. On a GPU the current stream waits.
+
+        Raises:
+            OrderError: it is finished already.
+        """
+        result = self._flight.finish()
+        return result[0] if len(result) == 1 else result
 
 
 @outside_graphs
@@ -72,12 +74,35 @@ def sequence_to_heads(
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
+    member, route = _to_heads(shard, plan, group, layout, heads)
+    return Exchange.apply(member, (route,), False, shard)[0]
+
+
+@outside_graphs
+@no_type_check
+def start_sequence_to_heads(
+    shard: Float[Tensor, "_ _ _ dim"],
+    plan: Plan,
+    group: GroupLike = None,
+    *,
+    layout: str = "b s h d",
+    heads: Literal["query", "kv"] = "query",
+) -> Pending:
+    """`sequence_to_heads`, started: the same arguments and errors, and the result of its `finish()`."""
+    member, route = _to_heads(shard, plan, group, layout, heads)
+    return _started(member, route, shard)
+
+
+@no_type_check
+def _to_heads(
+    shard: Tensor, plan: Plan, group: GroupLike, layout: str, heads: Literal["query", "kv"]
+) -> tuple[Group, Route]:
     kind, member, order = _check(plan, group, layout, heads)
     check_tensor("shard", shard, order)
     total = plan.heads if kind == "query" else plan.kv_heads
     _check_sizes("shard", shard, order, member.rank, len(plan.tokens_of(member.rank)), total)
-    by_heads, by_tokens = _cuts_for(plan, member.rank, order, (kind,), shard)
-    return _Exchange.apply(member, by_heads, by_tokens, shard)[0]
+    (route,) = routes_to_heads(plan, member.rank, order, (Load((kind,), (shard.shape[3],)),), shard)
+    return member, route
 
 
 @outside_graphs
@@ -108,14 +133,36 @@ def heads_to_sequence(
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
+    member, route = _to_sequence(shard, plan, group, layout, heads)
+    return Exchange.apply(member, (route,), False, shard)[0]
+
+
+@outside_graphs
+@no_type_check
+def start_heads_to_sequence(
+    shard: Float[Tensor, "_ _ _ dim"],
+    plan: Plan,
+    group: GroupLike = None,
+    *,
+    layout: str = "b s h d",
+    heads: Literal["query", "kv"] = "query",
+) -> Pending:
+    """`heads_to_sequence`, started: the same arguments and errors, and the result of its `finish()`."""
+    member, route = _to_sequence(shard, plan, group, layout, heads)
+    return _started(member, route, shard)
+
+
+@no_type_check
+def _to_sequence(
+    shard: Tensor, plan: Plan, group: GroupLike, layout: str, heads: Literal["query", "kv"]
+) -> tuple[Group, Route]:
     kind, member, order = _check(plan, group, layout, heads)
     check_tensor("shard", shard, order)
     held = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
     _check_sizes("shard", shard, order, member.rank, plan.tokens, len(held))
-    by_heads, by_tokens = _cuts_for(
-        plan, member.rank, order, ("query" if kind == "query" else "kv once",), shard
-    )
-    return _Exchange.apply(member, by_tokens, by_heads, shard)[0]
+    load = Load(("query" if kind == "query" else "kv once",), (shard.shape[3],))
+    (route,) = routes_to_heads(plan, member.rank, order, (load,), shard)
+    return member, route.reverse()
 
 
 @outside_graphs
@@ -128,23 +175,47 @@ def qkv_to_heads(
     group: GroupLike = None,
     *,
     layout: str = "b s h d",
+    wire: Wire = "auto",
 ) -> tuple[Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ value_dim"]]:
-    """`sequence_to_heads` of query, key and value in one collective, and of their gradients in one.
+    """`sequence_to_heads` of query, key and value, and of their gradients.
 
-    The chunk for a rank holds its query heads, then its key heads, then its value heads. Values and gradients
-    equal those of three calls to the bit. All three gradients travel, even where only one is needed, so that
-    ranks need not agree on which. The value's head dim may differ.
+    Values and gradients equal those of three calls to the bit. All three gradients travel, even where only one
+    is needed, so that ranks need not agree on which. The value's head dim may differ.
+
+    Args:
+        wire: "fused": one collective; the chunk for a rank holds its query heads, then its key heads, then its
+            value heads. "pipelined": three collectives, each tensor packed while the one before it travels.
+            "separate": three collectives, one after the other. "auto": by size, see `routes.wire_of`. The same
+            on all ranks.
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+    """
+    member, order = check_shares(query, key, value, plan, group, layout)
+    dims = query.shape[3], key.shape[3], value.shape[3]
+    wire = wire_of(wire, plan, query.shape[order.batch], dims, query.dtype)
+    loads = (Load(("query", "kv", "kv"), dims),)
+    if wire != "fused":
+        loads = tuple(Load((kind,), (dim,)) for kind, dim in zip(loads[0].heads, dims, strict=True))
+    routes = routes_to_heads(plan, member.rank, order, loads, query)
+    return Exchange.apply(member, routes, wire == "pipelined", query, key, value)
+
+
+@no_type_check
+def check_shares(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: GroupLike, layout: str
+) -> tuple[Group, Layout]:
+    """Refuse query, key and value that do not belong together, or not to this rank of the plan.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: with the sizes.
     """
     _, member, order = _check(plan, group, layout, "query")
     check_qkv(query, key, value, order)
     tokens = len(plan.tokens_of(member.rank))
     _check_sizes("query", query, order, member.rank, tokens, plan.heads)
     _check_sizes("key", key, order, member.rank, tokens, plan.kv_heads)
-    by_heads, by_tokens = _cuts_for(plan, member.rank, order, ("query", "kv", "kv"), query, key, value)
-    return _Exchange.apply(member, by_heads, by_tokens, query, key, value)
+    return member, order
 
 
 @no_type_check
@@ -171,71 +242,10 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None
         raise ShapeError(f"head dims differ: {shapes}.", "Give query and key the same head dim.")
 
 
-class _Exchange(torch.autograd.Function):
-    """Pack along one cut, one all-to-all, unpack along the other. The gradient goes the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, outgoing: Cut, incoming: Cut, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.reverse = (group, incoming, outgoing)
-        ctx.save_for_backward(tensors[0].new_empty(0))
-        sent = outgoing.pack(tensors)
-        received, chunks = incoming.new_buffer(tensors[0].dtype)
-        group.all_to_all_single(chunks, sent, incoming.splits, outgoing.splits)
-        return incoming.unpack(received)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves
-        # one and asks for it before it communicates, so all ranks recompute at the same collective, without
-        # heads or with.
-        _ = ctx.saved_tensors
-        return (None, None, None, *_Exchange.apply(*ctx.reverse, *gradients))
-
-
-def _cuts_for(
-    plan: Plan, rank: int, layout: Layout, heads: tuple[Heads, ...], *tensors: Tensor
-) -> tuple[Cut, Cut]:
-    dims = tuple(tensor.shape[3] for tensor in tensors)
-    batch, device = tensors[0].shape[layout.batch], tensors[0].device
-    kept = _cuts_by_rank(plan, layout, batch, heads, dims, device)
-    cuts = kept.get(rank) or _cuts(plan, rank, layout, batch, heads, dims, device)
-    if len(kept) < MOST_KEPT_RANKS:
-        kept[rank] = cuts
-    return cuts
-
-
-@lru_cache(maxsize=64)
-def _cuts_by_rank(*sizes: Any) -> dict[int, tuple[Cut, Cut]]:
-    """Kept cuts of one plan and size, because the positions of ragged chunks take a while to work out.
-
-    A process has one rank of a group and keeps one entry; one that plays all ranks keeps those of the first 256.
-    """
-    return {}
-
-
-def _cuts(
-    plan: Plan,
-    rank: int,
-    layout: Layout,
-    batch: int,
-    heads: tuple[Heads, ...],
-    dims: tuple[int, ...],
-    device: torch.device,
-) -> tuple[Cut, Cut]:
-    """The cut by heads of the rank's tokens, and the cut by tokens of the rank's heads."""
-    by_heads, by_tokens = [], []
-    for kind, dim in zip(heads, dims, strict=True):
-        total = plan.heads if kind == "query" else plan.kv_heads
-        held = plan.query_heads(rank) if kind == "query" else plan.kv_heads_of(rank)
-        sent = plan.head_runs[kind][rank]
-        window = None
-        if sent != held:
-            window = (layout.heads, sent.start - held.start, sent.stop - held.start)
-        own_tokens = layout.shape(batch, len(plan.tokens_of(rank)), total, dim)
-        own_heads = layout.shape(batch, plan.tokens, len(held), dim)
-        by_heads.append(Part(own_tokens, plan.head_runs[kind]))
-        by_tokens.append(Part(own_heads, plan.token_runs, window))
-    return Cut(layout.heads, tuple(by_heads), device), Cut(layout.sequence, tuple(by_tokens), device)
+def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:
+    flight = Flight(group, route)
+    flight.start(*tensors)
+    return Pending(flight)
 
 
 @no_type_check

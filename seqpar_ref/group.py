@@ -18,6 +18,14 @@ from .errors import GroupError
 
 
 @runtime_checkable
+class Work(Protocol):
+    """What is under way, as torch.distributed's own."""
+
+    def wait(self) -> bool:
+        """Return when it is done; on a GPU, make the current stream wait for it."""
+
+
+@runtime_checkable
 class Group(Protocol):
     """Ranks that exchange with each other."""
 
@@ -30,9 +38,18 @@ class Group(Protocol):
         """Number of ranks."""
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> None:
-        """Send `input_splits[r]` elements to rank r and receive `output_splits[r]` from it, in rank order."""
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        async_op: bool = False,
+    ) -> Work | None:
+        """Send `input_splits[r]` elements to rank r and receive `output_splits[r]` from it, in rank order.
+
+        With `async_op` return at once: the output is there, and the input may be written to, after `wait()`
+        on what is returned.
+        """
 
     def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
         """Every rank's record, by rank. All records have one length."""
@@ -47,10 +64,17 @@ class TorchGroup:
     size: int
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> None:
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        async_op: bool = False,
+    ) -> Work | None:
         """See `Group`."""
-        dist.all_to_all_single(output, input, output_splits, input_splits, group=self.process_group)
+        return dist.all_to_all_single(
+            output, input, output_splits, input_splits, group=self.process_group, async_op=async_op
+        )
 
     def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
         """See `Group`. Sends 8 bytes for each integer to each other rank."""

@@ -10,7 +10,7 @@ heads that a rank needs are a run as well. Where two ranks need the same kv head
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -105,6 +105,25 @@ class Plan:
         once_first = np.maximum(first, held_below)
         once = Runs(once_first, np.maximum(end, once_first), self.kv_heads)
         return {"query": query, "kv": Runs(first, end, self.kv_heads), "kv once": once}
+
+    @cached_property
+    def most_chunks(self) -> int:
+        """Head chunks that are not empty on every rank: kv heads on the rank that has most of them."""
+        return max(1, int(self.head_runs["kv"].counts.max()))
+
+    def chunk_runs(self, chunks: int) -> dict[Heads, Runs]:
+        """Every rank's heads, "query" and "kv", in `chunks` parts: rank 0's, then rank 1's, ...
+
+        A part is some kv heads of the rank and its query heads that use them. A rank's kv heads are divided
+        as evenly as can be, the larger parts first; where there are fewer than parts, the last are empty.
+
+        Raises:
+            PlanError: `chunks` is no integer of at least 1.
+        """
+        (chunks,) = integers("chunks", (chunks,))
+        if chunks < 1:
+            raise PlanError("0 chunks hold no heads.", "Use at least 1 chunk.")
+        return _chunk_runs(self, chunks)
 
     def vectors(self, heads: Heads = "query") -> np.ndarray:
         """Vectors, of one head and one token, that `sequence_to_heads` sends for each row of the batch.
@@ -243,6 +262,21 @@ def make_plan(
     if policy == "auto":
         return min(balanced, groups, key=_cost)
     return balanced if policy == "balanced" else groups
+
+
+@lru_cache(maxsize=64)
+def _chunk_runs(plan: Plan, chunks: int) -> dict[Heads, Runs]:
+    query, kv = plan.head_runs["query"], plan.head_runs["kv"]
+    share, left_over = np.divmod(kv.counts[:, None], chunks)
+    bound = np.arange(chunks + 1)
+    bounds = kv.first[:, None] + bound * share + np.minimum(bound, left_over)  # [rank, chunk]
+    ratio = plan.heads // plan.kv_heads
+    own = np.clip(bounds * ratio, query.first[:, None], query.end[:, None])
+
+    def runs(bounds: np.ndarray, heads: int) -> Runs:
+        return Runs(bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1), heads)
+
+    return {"query": runs(own, plan.heads), "kv": runs(bounds, plan.kv_heads)}
 
 
 def divide(count: int, ranks: int) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ class Runs:
     """First index and end of every rank's run, of `length` indices in all. Runs may overlap; all arrays are
     int64.
 
-    A plan keeps its runs, so what is derived here is worked out once for all ranks.
+    Where every rank's run is cut into parts, rank 0's parts come first, then rank 1's. A plan keeps its runs,
+    so what is derived here is worked out once for all ranks.
     """
 
     first: np.ndarray
@@ -39,26 +40,36 @@ class Runs:
         return int(self.counts.sum()) == self.length
 
     @cached_property
-    def even(self) -> bool:
-        """Whether they are that, and of equal length."""
-        return self.in_order and len(set(self.counts.tolist())) == 1
+    def step(self) -> int | None:
+        """How far apart runs of equal length begin; None where lengths or distances differ."""
+        steps = np.diff(self.first)
+        if len(set(self.counts.tolist())) > 1 or len(set(steps.tolist())) > 1:
+            return None
+        return int(steps[0]) if len(steps) else self.length
+
+    def every(self, parts: int) -> "list[Runs]":
+        """Of runs that are cut into `parts`: all ranks' first parts, all ranks' second parts, ..."""
+        if parts == 1:
+            return [self]
+        return [Runs(self.first[i::parts], self.end[i::parts], self.length) for i in range(parts)]
 
     @cached_property
     def stretches(self) -> list[tuple[int, int, int]]:
-        """(first, end, copies): the indices in stretches that equally many ranks hold."""
+        """(first, end, copies): the indices in stretches that equally many ranks hold, if any does."""
         copies = (self.holders >= 0).sum(axis=1)
         bounds = [0, *(np.flatnonzero(np.diff(copies)) + 1).tolist(), self.length]
-        return [(first, end, int(copies[first])) for first, end in itertools.pairwise(bounds) if first < end]
+        pairs = [(first, end) for first, end in itertools.pairwise(bounds) if first < end]
+        return [(first, end, int(copies[first])) for first, end in pairs if copies[first]]
 
     @cached_property
     def holders(self) -> np.ndarray:
-        """The ranks that hold each index, in rank order: [length, copies], -1 where there are no more."""
-        ranks = np.repeat(np.arange(len(self.counts)), self.counts)
+        """The runs that hold each index, in order: [length, copies], -1 where there are no more."""
+        holders = np.repeat(np.arange(len(self.counts)), self.counts)
         shift = self.first - (np.cumsum(self.counts) - self.counts)
-        held = np.arange(len(ranks)) + np.repeat(shift, self.counts)
+        held = np.arange(len(holders)) + np.repeat(shift, self.counts)
         order = np.argsort(held, kind="stable")
-        ranks, held = ranks[order], held[order]
+        holders, held = holders[order], held[order]
         copies = np.bincount(held, minlength=self.length)
         table = np.full((self.length, max(1, copies.max(initial=0))), -1, dtype=np.int64)
-        table[held, np.arange(len(ranks)) - (np.cumsum(copies) - copies)[held]] = ranks
+        table[held, np.arange(len(holders)) - (np.cumsum(copies) - copies)[held]] = holders
         return table

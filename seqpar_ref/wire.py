@@ -11,17 +11,24 @@ writes it for each of them and unpack sums what came back. So each is the adjoin
 exchange needs one cut by heads (of the tokens a rank owns) and one by tokens (of the heads a rank owns),
 whatever its direction.
 
+A cut may have several stages, each of which travels in an all-to-all of its own: first some heads of every
+rank, then the next ones. Each stage is packed by itself, into a buffer as above. What comes back lies in one
+buffer, stage after stage, and is unpacked at once, so that copies of one head are summed in rank order
+whichever stage they came with.
+
 There are three ways to do it, tried in this order. Each writes the payload at most once:
 
 1. one tensor whose memory already is the buffer: nothing is copied;
-2. equal chunks: one strided copy;
+2. chunks of one size, from places at equal distances: one strided copy;
 3. ragged chunks: one copy row by row, to or from positions worked out beforehand. A row is the vector of one
    token and one head (where the head dims of q and v differ, their greatest common divisor).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +45,8 @@ class Part:
 
     Args:
         shape: of the tensor on this rank.
-        runs: what each rank gets, along the dim of the cut. Runs may overlap.
+        runs: what each rank gets, along the dim of the cut; where there are stages, what it gets in the
+            first, the second, ... of them, rank after rank. Runs of two ranks may overlap.
         window: (dim, first, end) where only that part of another dim travels; None for everything.
     """
 
@@ -64,86 +72,106 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Positions:
-    """Row numbers in a buffer, for one tensor.
+class Places:
+    """Where each row of a tensor, and each copy of it, stands in the pieces of a buffer.
+
+    All arrays have the dims of the tensor, its vectors counted in rows, and a last one for the copies in rank
+    order; they broadcast to each other.
 
     Args:
-        written: for pack, a position for each row that travels and each copy of it; a table for each stretch of
-            `Runs.stretches`.
-        read: for unpack, the positions of each row's copies, in rank order, row after row.
-        bags: where in `read` the copies of each row begin; None where each row has exactly one.
+        holder: which run the copy belongs to.
+        place: its place in that run's piece, in rows.
+        present: whether there is such a copy.
     """
 
-    written: list[Int[Tensor, "_ _ _ rows_of_vector _"]]
-    read: Int[Tensor, " all_copies"]
-    bags: Int[Tensor, " rows"] | None
+    holder: np.ndarray
+    place: np.ndarray
+    present: np.ndarray
+
+    def addresses(self, starts: np.ndarray) -> np.ndarray:
+        """Row numbers in a buffer in which the piece of run r begins at row `starts[r]`."""
+        return starts[self.holder] + self.place
 
 
 class Cut:
-    """Tensors divided along `dim` into one chunk for each rank.
+    """Tensors divided along `dim` into one chunk for each rank, in each of the stages.
 
-    `splits` are the elements of each rank's chunk, `size` those of all.
+    `splits[stage]` are the elements of each rank's chunk, `sizes[stage]` those of all.
     """
 
-    def __init__(self, dim: int, parts: tuple[Part, ...], device: torch.device) -> None:
+    def __init__(self, dim: int, parts: tuple[Part, ...], device: torch.device, stages: int = 1) -> None:
         self.dim = dim
         self.parts = parts
         self.device = device
-        pieces = np.stack([part.runs.counts * self._across(part) for part in parts])
+        self.stages = stages
+        pieces = np.stack(
+            [part.runs.counts.reshape(-1, stages).T * self._across(part) for part in parts]
+        )  # [part, stage, rank]
         chunks = pieces.sum(axis=0)
-        self.splits: list[int] = chunks.tolist()
-        self.size = int(chunks.sum())
-        self.ranks = len(self.splits)
-        self.starts = (np.cumsum(chunks) - chunks) + (np.cumsum(pieces, axis=0) - pieces)  # by part and rank
+        begins = np.cumsum(chunks).reshape(chunks.shape) - chunks
+        self.starts = begins + (np.cumsum(pieces, axis=0) - pieces)
+        self.splits: list[list[int]] = chunks.tolist()
+        self.sizes: list[int] = chunks.sum(axis=1).tolist()
+        self.begins: list[int] = begins[:, 0].tolist()
         self.row = math.gcd(*(part.shape[3] for part in parts))
-        self.in_order = len(parts) == 1 and self._is_in_order(parts[0])
-        self.even = all(part.runs.even for part in parts)
+        self.in_order = stages == len(parts) == 1 and self._is_in_order(parts[0])
+        by_stage = {part.runs: part.runs.every(stages) for part in parts}
+        self.runs = [by_stage[part.runs] for part in parts]
+        self.steps = [[runs[stage].step for runs in self.runs] for stage in range(stages)]
+        once = all(part.runs.in_order and part.window is None for part in parts)
+        self.strided = once and all(None not in steps for steps in self.steps)
+        self._known_places: dict[Any, Places] = {}
 
-    def pack(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...]) -> Float[Tensor, " size"]:
-        """The buffer to send."""
+    def pack(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...], stage: int = 0) -> Float[Tensor, " size"]:
+        """The buffer to send in that stage."""
         if self.in_order:
             return tensors[0].contiguous().view(-1)
-        buffer = tensors[0].new_empty(self.size)
+        buffer = tensors[0].new_empty(self.sizes[stage])
         travelling = [part.narrow(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
-        if self.even:
-            for index, tensor in enumerate(travelling):
-                self._pieces(buffer, index).copy_(self._by_rank(tensor))
+        if None not in self.steps[stage]:
+            for part, tensor in enumerate(travelling):
+                self._pieces(buffer, part, stage, self.begins[stage]).copy_(
+                    self._by_rank(tensor, part, stage)
+                )
         else:
             rows = [
                 stretch
-                for part, tensor in zip(self.parts, travelling, strict=True)
-                for stretch in self._in_stretches(part, tensor.unflatten(-1, (-1, self.row)))
+                for runs, tensor in zip(self.runs, travelling, strict=True)
+                for stretch in self._in_stretches(runs[stage], tensor.unflatten(-1, (-1, self.row)))
             ]
-            written = [table for positions in self._positions for table in positions.written]
-            write_rows(buffer.view(-1, self.row), written, rows)
+            write_rows(buffer.view(-1, self.row), self._written[stage], rows)
         return buffer
 
-    def new_buffer(self, dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, " size"]]:
-        """An empty tensor for `unpack`, and the flat view of it that is to receive the chunks."""
+    def new_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Float[Tensor, " size"]]]:
+        """An empty tensor for `unpack`, and the flat view of it that is to receive each stage's chunks."""
         if self.in_order:
             buffer = torch.empty(self.parts[0].shape, dtype=dtype, device=self.device)
-            return buffer, buffer.view(-1)
-        buffer = torch.empty(self.size + self.row, dtype=dtype, device=self.device)
-        return buffer, buffer[: self.size]
+            return buffer, [buffer.view(-1)]
+        buffer = torch.empty(sum(self.sizes) + self.row, dtype=dtype, device=self.device)
+        stages = zip(self.begins, self.sizes, strict=True)
+        return buffer, [buffer[begin : begin + size] for begin, size in stages]
 
     def unpack(self, buffer: Float[Tensor, "..."]) -> tuple[Float[Tensor, "_ _ _ _"], ...]:
         """The tensors whose chunks the buffer received. The copies of one head are summed in rank order."""
         if self.in_order:
             return (buffer,)
-        if self.even and all(part.window is None for part in self.parts):
+        if self.strided:
             tensors = tuple(buffer.new_empty(part.shape) for part in self.parts)
-            for index, tensor in enumerate(tensors):
-                self._by_rank(tensor).copy_(self._pieces(buffer, index))
+            for part, tensor in enumerate(tensors):
+                for stage in range(self.stages):
+                    self._by_rank(tensor, part, stage).copy_(self._pieces(buffer, part, stage))
             return tensors
         rows = buffer.view(-1, self.row)
-        return tuple(self._read(rows, index) for index in range(len(self.parts)))
+        return tuple(self._read_rows(rows, *read) for read in zip(self.parts, self._read, strict=True))
 
-    def _read(self, rows: Float[Tensor, "_ row"], index: int) -> Float[Tensor, "_ _ _ _"]:
-        part, positions = self.parts[index], self._positions[index]
-        if positions.bags is not None:
-            return sum_rows(rows, positions.read, positions.bags).view(part.shape)
+    def _read_rows(
+        self, rows: Float[Tensor, "_ row"], part: Part, read: tuple[Tensor, Tensor | None]
+    ) -> Float[Tensor, "_ _ _ _"]:
+        positions, bags = read
+        if bags is not None:
+            return sum_rows(rows, positions, bags).view(part.shape)
         tensor = rows.new_empty(part.shape)
-        torch.index_select(rows, 0, positions.read, out=tensor.view(-1, self.row))
+        torch.index_select(rows, 0, positions, out=tensor.view(-1, self.row))
         return tensor
 
     def _across(self, part: Part) -> int:
@@ -153,79 +181,97 @@ class Cut:
 
     def _is_in_order(self, part: Part) -> bool:
         """Whether the cut leaves all elements where they are: one chunk only, or nothing before the dim."""
-        alone = self.ranks == 1 or math.prod(part.shape[: self.dim]) == 1
+        alone = len(part.runs.counts) == 1 or math.prod(part.shape[: self.dim]) == 1
         return alone and part.runs.in_order and part.window is None
 
-    def _by_rank(self, tensor: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, "ranks _ _ _ _"]:
-        """For equal chunks: the tensor as a view with one piece for each rank."""
-        length = tensor.shape[self.dim] // self.ranks
-        return tensor.unflatten(self.dim, (self.ranks, length)).movedim(self.dim, 0)
-
-    def _pieces(self, buffer: Float[Tensor, " buffer"], index: int) -> Float[Tensor, "ranks _ _ _ _"]:
-        """For equal chunks: every rank's piece of one tensor, as a view of the buffer."""
-        a, b, c, d = (
-            size // self.ranks if dim == self.dim else size
-            for dim, size in enumerate(self.parts[index].travelling)
+    def _by_rank(
+        self, tensor: Float[Tensor, "_ _ _ _"], part: int, stage: int
+    ) -> Float[Tensor, "ranks _ _ _ _"]:
+        """For runs at equal distances: the tensor as a view with one piece for each rank."""
+        runs, step = self.runs[part][stage], self.steps[stage][part]
+        shape, strides = list(tensor.shape), tensor.stride()
+        shape[self.dim] = int(runs.counts[0])
+        begin = tensor.storage_offset() + int(runs.first[0]) * strides[self.dim]
+        return tensor.as_strided(
+            (len(runs.counts), *shape), ((step or 0) * strides[self.dim], *strides), begin
         )
-        steps = (self.splits[0], b * c * d, c * d, d, 1)
-        return buffer.as_strided((self.ranks, a, b, c, d), steps, int(self.starts[index, 0]))
 
-    def _in_stretches(self, part: Part, tensor: Tensor) -> list[Tensor]:
+    def _pieces(
+        self, buffer: Float[Tensor, " buffer"], part: int, stage: int, begin: int = 0
+    ) -> Float[Tensor, "ranks _ _ _ _"]:
+        """For chunks of one size: every rank's piece of one tensor, as a view of the buffer."""
+        runs, shape = self.runs[part][stage], self.parts[part].travelling
+        shape[self.dim] = int(runs.counts[0])
+        _, b, c, d = shape
+        steps = (self.splits[stage][0], b * c * d, c * d, d, 1)
+        return buffer.as_strided((len(runs.counts), *shape), steps, int(self.starts[part, stage, 0]) - begin)
+
+    def _in_stretches(self, runs: Runs, tensor: Tensor) -> list[Tensor]:
         """The tensor, or its positions, in the pieces that equally many ranks hold."""
-        stretches = part.runs.stretches
-        if len(stretches) == 1:
+        if [(0, runs.length)] == [stretch[:2] for stretch in runs.stretches]:
             return [tensor]
-        return [tensor.narrow(self.dim, first, end - first) for first, end, _ in stretches]
+        return [tensor.narrow(self.dim, first, end - first) for first, end, _ in runs.stretches]
 
     @cached_property
-    def _positions(self) -> list[Positions]:
-        """For each tensor: where its pieces begin, plus where in its piece each row stands."""
-        places = {part: self._places_in_pieces(part) for part in self.parts}  # k and v are alike
-        return [
-            self._to_positions(part, starts // self.row, *places[part])
-            for part, starts in zip(self.parts, self.starts, strict=True)
-        ]
+    def _written(self) -> list[list[Int[Tensor, "_ _ _ rows_of_vector _"]]]:
+        """For pack, by stage: a position for each row that travels and each copy of it.
 
-    def _places_in_pieces(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each row and copy: its rank, its place in that rank's piece, and whether there is such a copy.
-
-        The place follows from Horner's rule over the dims of the tensor. All arrays have these dims, the
-        vector counted in rows, and a last one for the copies.
+        Every part has a table for each stretch of `Runs.stretches`.
         """
-        holders = _along(part.runs.holders, self.dim)
-        present = holders >= 0
-        rank = np.maximum(holders, 0)
-        place = np.zeros(1, dtype=np.int64)
-        for dim, size in enumerate((*part.shape[:3], part.shape[3] // self.row)):
-            index = _along(np.arange(size)[:, None], dim)
-            if dim == self.dim:
-                place = place * part.runs.counts[rank] + (index - part.runs.first[rank])
-            elif part.window is not None and dim == part.window[0]:
-                _, first, end = part.window
-                place = place * (end - first) + (index - first)
-                present = present & (index >= first) & (index < end)
-            else:
-                place = place * size + index
-        return rank, place, present
+        written: list[list[Tensor]] = [[] for _ in range(self.stages)]
+        for stage, index in itertools.product(range(self.stages), range(len(self.parts))):
+            runs = self.runs[index][stage]
+            starts = self.starts[index, stage] - self.begins[stage]
+            table = torch.from_numpy(self._places(index, runs).addresses(starts // self.row)).to(self.device)
+            pieces = self._in_stretches(runs, self.parts[index].narrow(table))
+            for piece, (_, _, copies) in zip(pieces, runs.stretches, strict=True):
+                written[stage].append(piece[..., :copies])
+        return written
 
-    def _to_positions(
-        self, part: Part, starts: np.ndarray, rank: np.ndarray, place: np.ndarray, present: np.ndarray
-    ) -> Positions:
-        address = starts[rank] + place
-        table = self._to_tensor(address)
-        pieces = self._in_stretches(part, part.narrow(table))
-        written = [
-            piece[..., :copies] for piece, (_, _, copies) in zip(pieces, part.runs.stretches, strict=True)
-        ]
-        if address.shape[-1] == 1 and present.all():
-            return Positions(written, table.view(-1), None)
-        present = np.broadcast_to(present, address.shape)
-        copies = present.sum(axis=-1).reshape(-1)
-        bags = None if (copies == 1).all() else self._to_tensor(np.cumsum(copies) - copies)
-        return Positions(written, self._to_tensor(address[present]), bags)
+    @cached_property
+    def _read(self) -> list[tuple[Int[Tensor, " all_copies"], Int[Tensor, " rows"] | None]]:
+        """For unpack, by part: the positions of each row's copies, in rank order, row after row.
 
-    def _to_tensor(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self.device)
+        The second tensor says where in the first the copies of each row begin; None where each row has one.
+        """
+        read = []
+        for index, part in enumerate(self.parts):
+            places = self._places(index, part.runs)
+            address = places.addresses(self.starts[index].T.reshape(-1) // self.row)
+            present = np.broadcast_to(places.present, address.shape)
+            copies = present.sum(axis=-1).reshape(-1)
+            bags = None
+            if not (copies == 1).all():
+                bags = torch.from_numpy(np.cumsum(copies) - copies).to(self.device)
+            read.append((torch.from_numpy(address[present]).to(self.device), bags))
+        return read
+
+    def _places(self, index: int, runs: Runs) -> Places:
+        """Where the rows of a tensor stand. Parts that are alike, as k and v, share what is worked out."""
+        part = self.parts[index]
+        key = (part.shape, part.window, runs)
+        if key not in self._known_places:
+            self._known_places[key] = _places_of(part, runs, self.dim, self.row)
+        return self._known_places[key]
+
+
+def _places_of(part: Part, runs: Runs, dim: int, row: int) -> Places:
+    """The place in a piece follows from Horner's rule over the dims of the tensor."""
+    holders = _along(runs.holders, dim)
+    present = holders >= 0
+    holder = np.maximum(holders, 0)
+    place = np.zeros(1, dtype=np.int64)
+    for own_dim, size in enumerate((*part.shape[:3], part.shape[3] // row)):
+        index = _along(np.arange(size)[:, None], own_dim)
+        if own_dim == dim:
+            place = place * runs.counts[holder] + (index - runs.first[holder])
+        elif part.window is not None and own_dim == part.window[0]:
+            _, first, end = part.window
+            place = place * (end - first) + (index - first)
+            present = present & (index >= first) & (index < end)
+        else:
+            place = place * size + index
+    return Places(holder, place, present)
 
 
 def _along(numbers: np.ndarray, dim: int) -> np.ndarray:

@@ -102,7 +102,7 @@ def test_nccl_without_an_accelerator_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = run("--model", "tiny", "--backend", "nccl")
     assert done.exit_code == 1
-    assert "NoAcceleratorError: nccl needs a CUDA device for each of the 4 ranks" in done.stderr
+    assert "NoAcceleratorError: nccl needs a device for each of the 4 ranks" in done.stderr
 
 
 def test_virtual_ranks_under_torchrun_are_refused(monkeypatch):

@@ -56,7 +56,10 @@ class CountingGroup(TorchGroup):
 
     written: BytesWritten
 
-    def all_to_all_single(self, output: Tensor, input: Tensor, output_splits: Any, input_splits: Any) -> None:
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: Any, input_splits: Any, async_op: bool = False
+    ) -> Any:
         with torch.utils._python_dispatch._disable_current_modes():
-            super().all_to_all_single(output, input, output_splits, input_splits)
+            work = super().all_to_all_single(output, input, output_splits, input_splits, async_op)
         self.written.phases.append(0)
+        return work

@@ -1,0 +1,70 @@
+"""All that depends on the kind of device: written over torch.accelerator, so that CUDA, ROCm and XPU share it.
+
+Without an accelerator there are no streams, and every function here does nothing or says "cpu". The overlap of
+this package needs none of it: `Work.wait()` makes the current stream wait for the collective, on any device.
+Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
+"""
+
+import os
+from typing import Protocol
+
+import torch
+
+from .errors import NoAcceleratorError
+
+
+class Event(Protocol):
+    """A torch.Event, or what stands in for one."""
+
+
+class Stream(Protocol):
+    """What is asked of a torch.Stream."""
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """What comes next on this stream comes after all that `stream` has been given so far."""
+
+    def wait_event(self, event: Event) -> None:
+        """What comes next on this stream comes after the event."""
+
+
+def current_stream() -> Stream | None:
+    """The stream that the next operation of this rank goes to; None where there is no accelerator."""
+    try:
+        return torch.accelerator.current_stream()
+    except RuntimeError:  # there is none; virtual ranks have streams on any machine
+        return None
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def device_of_backend(backend: str, local_rank: int, local_ranks: int) -> torch.device:
+    """The device whose tensors the backend's collectives take on this rank; it becomes the current one.
+
+    Args:
+        backend: "gloo" and "virtual" exchange tensors of the CPU, any other those of the accelerator.
+        local_rank: this rank among the ranks of its machine.
+        local_ranks: ranks on this machine.
+
+    Raises:
+        NoAcceleratorError: the machine has fewer devices than ranks.
+    """
+    if backend in ("gloo", "virtual"):
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    found = torch.accelerator.device_count()
+    if kind is None or found < local_ranks:
+        raise NoAcceleratorError(
+            f"{backend} needs a device for each of the {local_ranks} ranks on this machine; torch finds {found}.",
+            "Use --backend gloo or --backend virtual, or a machine with GPUs and a build of torch for them.",
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind.type, local_rank)
+
+
+def local_rank() -> tuple[int, int]:
+    """This rank among the ranks of its machine, and how many they are, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

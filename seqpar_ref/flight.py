@@ -1,0 +1,191 @@
+"""Exchanges as autograd sees them: in one piece, or started here and finished there.
+
+The gradient of an exchange is the exchange the other way. In one piece it is one autograd node, whose backward
+applies itself. In two pieces the nodes are start and finish, and the backward of each is the other: what stands
+between start and finish in the forward pass stands between the gradient's start and finish in the backward
+pass, and the collective travels behind it both times. Through autograd only an empty token goes from start to
+finish; the buffers and the Work belong to the `Flight`.
+
+Every rank communicates, forward and backward, whatever it owns: an empty shard takes part like any other.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import OrderError
+from .group import Group, Work
+from .routes import Route
+
+Eager = TypeVar("Eager", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Eager) -> Eager:
+    """Under torch.compile, leave the graph for this call: a collective among ranks stays plain Python."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+class Flight:
+    """One exchange under way, made for one call: `start` it, do something else, `finish` it.
+
+    An exchange has one stage. Where heads travel in chunks (`routes.py`), it has one for each chunk: they share
+    the tensors on the side of the sequence, and start or finish there together.
+    """
+
+    def __init__(self, group: Group, route: Route) -> None:
+        self.group, self.route = group, route
+        self._tokens: dict[int, Tensor] = {}  # of stages that are started and not finished
+        self._works: dict[int, tuple[Work | None, Tensor]] = {}
+        self._buffers: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._issued: set[int] = set()
+        self._gradients: Flight | None = None
+
+    @outside_graphs
+    def start(self, *tensors: Tensor, stage: int = 0) -> None:
+        """Pack the tensors, and issue their collective; the tensors may be written to afterwards.
+
+        Raises:
+            OrderError: they were started before.
+        """
+        stages = self.route.started_with(stage)
+        if not self._issued.isdisjoint(stages):
+            raise OrderError("an exchange is started a second time.", "Make a new one for each call.")
+        token = _Start.apply(self, stages, *tensors)
+        self._tokens.update(dict.fromkeys(stages, token))
+
+    @outside_graphs
+    def finish(self, stage: int = 0) -> tuple[Tensor, ...]:
+        """Wait for the collective, and unpack what has come.
+
+        Raises:
+            OrderError: it was not started, or is finished already.
+        """
+        stages = self.route.finished_with(stage)
+        if not self._tokens.keys() >= set(stages):
+            state = "finished already" if self._issued.issuperset(stages) else "not started yet"
+            raise OrderError(
+                f"an exchange that is {state} is to be finished.",
+                "Start each exchange and finish it once, both inside of the same activation checkpoint.",
+            )
+        result: tuple[Tensor, ...] = _Finish.apply(self, stages, *map(self._tokens.pop, stages))
+        return result
+
+    def issue(self, stage: int, tensors: tuple[Tensor, ...], async_op: bool = True) -> None:
+        """`start` of one stage, without autograd."""
+        outgoing, place = self.route.outgoing_at(stage)
+        sent = outgoing.pack(tensors, place)
+        incoming, place_there = self.route.incoming_at(stage)
+        if id(incoming) not in self._buffers:
+            self._buffers[id(incoming)] = incoming.new_buffer(sent.dtype)
+        _, chunks = self._buffers[id(incoming)]
+        splits = incoming.splits[place_there], outgoing.splits[place]
+        work = self.group.all_to_all_single(chunks[place_there], sent, *splits, async_op)
+        self._works[stage] = work, sent
+        self._issued.add(stage)
+
+    def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """`finish` of stages that are unpacked together, without autograd."""
+        for stage in stages:
+            work, _ = self._works.pop(stage)
+            if work is not None:
+                work.wait()
+        incoming, _ = self.route.incoming_at(stages[0])
+        buffer, _ = self._buffers.pop(id(incoming))
+        return incoming.unpack(buffer)
+
+    def gradients(self, stages: tuple[int, ...], again: bool) -> "Flight":
+        """The exchange of the gradients, one for each backward pass: `again` begins a new pass where due.
+
+        Raises:
+            OrderError: no gradient was sent for these stages.
+        """
+        flight = self._gradients
+        if again and (flight is None or not flight._issued.isdisjoint(stages)):
+            flight = self._gradients = Flight(self.group, self.route.reverse())
+        if flight is None or not (again or flight._issued.issuperset(stages)):
+            raise OrderError(
+                "some chunks of an exchange got a gradient and others did not.",
+                "Let the loss depend on every chunk that was started.",
+            )
+        return flight
+
+
+class _Start(torch.autograd.Function):
+    """Pack and issue. The gradient is finished here."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, stages: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        ctx.flight, ctx.stages = flight, stages
+        for stage in stages:
+            flight.issue(stage, tensors)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
+        flight = ctx.flight.gradients(ctx.stages, again=False)
+        return None, None, *_Finish.apply(flight, ctx.stages, token)
+
+
+class _Finish(torch.autograd.Function):
+    """Wait and unpack. The gradient is started here, the last chunk first."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, stages: tuple[int, ...], *tokens: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight, ctx.stages = flight, stages
+        ctx.save_for_backward(tokens[0].new_empty(0))
+        return flight.wait(stages)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _recompute_here(ctx)
+        flight = ctx.flight.gradients(ctx.stages, again=True)
+        token = _Start.apply(flight, ctx.stages[::-1], *gradients)
+        return None, None, *[token for _ in ctx.stages]
+
+
+class Exchange(torch.autograd.Function):
+    """Start and finish in one node, of tensors that go on several routes: the gradients go the other way.
+
+    `async_op`: each is packed while the one before it travels. Otherwise one goes after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.reverse = group, tuple(route.reverse() for route in routes), async_op
+        ctx.save_for_backward(tensors[0].new_empty(0))
+        flights, results, rest = [], [], tensors
+        for route in routes:
+            own, rest = rest[: route.tensors], rest[route.tensors :]
+            flights.append(Flight(group, route))
+            flights[-1].issue(0, own, async_op)
+            if not async_op:
+                results += flights.pop().wait((0,))
+        for flight in flights:
+            results += flight.wait((0,))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _recompute_here(ctx)
+        return None, None, None, *Exchange.apply(*ctx.reverse, *gradients)
+
+
+def _recompute_here(ctx: Any) -> None:
+    """Ask for the saved tensor of a node that is about to communicate.
+
+    A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves one and
+    asks for it before it communicates, so all ranks recompute at the same collective, without heads or with.
+    """
+    _ = ctx.saved_tensors
