@@ -6,28 +6,13 @@ Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
 """
 
 import os
-from typing import Protocol
 
 import torch
 
 from .errors import NoAcceleratorError
 
 
-class Event(Protocol):
-    """A torch.Event, or what stands in for one."""
-
-
-class Stream(Protocol):
-    """What is asked of a torch.Stream."""
-
-    def wait_stream(self, stream: "Stream") -> None:
-        """What comes next on this stream comes after all that `stream` has been given so far."""
-
-    def wait_event(self, event: Event) -> None:
-        """What comes next on this stream comes after the event."""
-
-
-def current_stream() -> Stream | None:
+def current_stream() -> torch.Stream | None:
     """The stream that the next operation of this rank goes to; None where there is no accelerator."""
     try:
         return torch.accelerator.current_stream()

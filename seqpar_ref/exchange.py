@@ -9,7 +9,6 @@ runs before its `finish()` runs while the collective travels.
 
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -194,9 +193,8 @@ def qkv_to_heads(
     member, order = check_shares(query, key, value, plan, group, layout)
     dims = query.shape[3], key.shape[3], value.shape[3]
     wire = wire_of(wire, plan, query.shape[order.batch], dims, query.dtype)
-    loads = (Load(("query", "kv", "kv"), dims),)
-    if wire != "fused":
-        loads = tuple(Load((kind,), (dim,)) for kind, dim in zip(loads[0].heads, dims, strict=True))
+    together = Load(("query", "kv", "kv"), dims)
+    loads = (together,) if wire == "fused" else together.apart()
     routes = routes_to_heads(plan, member.rank, order, loads, query)
     return Exchange.apply(member, routes, wire == "pipelined", query, key, value)
 

@@ -165,7 +165,9 @@ class Exchange(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.reverse = group, tuple(route.reverse() for route in routes), async_op
         ctx.save_for_backward(tensors[0].new_empty(0))
-        flights, results, rest = [], [], tensors
+        flights: list[Flight] = []
+        results: list[Tensor] = []
+        rest = tensors
         for route in routes:
             own, rest = rest[: route.tensors], rest[route.tensors :]
             flights.append(Flight(group, route))

@@ -75,6 +75,10 @@ class Load:
     heads: tuple[Heads, ...]
     dims: tuple[int, ...]
 
+    def apart(self) -> "tuple[Load, ...]":
+        """The same tensors, each by itself."""
+        return tuple(Load((kind,), (dim,)) for kind, dim in zip(self.heads, self.dims, strict=True))
+
 
 @no_type_check
 def wire_of(wire: Wire, plan: Plan, batch: int, dims: tuple[int, ...], dtype: torch.dtype) -> Wire:
