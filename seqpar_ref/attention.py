@@ -8,7 +8,7 @@ The method is DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509); here he
 not divide by the ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from .agreement import Record, agree
 from .checks import DTYPES, check_tensor, no_type_check
-from .errors import ArgumentError, LocalAttentionError, ShapeError, UnsupportedError
+from .errors import ArgumentError, ShapeError, UnsupportedError
 from .exchange import check_qkv, heads_to_sequence, qkv_to_heads
 from .flight import outside_graphs
-from .group import Group, GroupLike, check_kind, check_size, group_of
-from .local_attention import fused_attention, fused_options, own_heads_of_mask
+from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
+from .local_attention import fused_attention, fused_options
+from .own_heads import OwnAttention, own_heads
 from .plan import Plan
+from .routes import Wire, check_wire
 from .shapes import LAYOUTS, Layout, layout_of
 
 
@@ -44,6 +46,7 @@ class DistributedAttention(nn.Module):
         layout: "b s h d", "s b h d" or "b h s d".
         plan: who owns what. Without one the ranks exchange a record of 72 bytes with each other in every
             call, and plan from those (see `agreement.py`).
+        wire: how query, key and value travel, see `qkv_to_heads`; chosen by size unless given.
 
     The module keeps no state between calls: one module may serve several micro-batches at a time, and modules
     with different heads live side by side. What holds beyond plain attention:
@@ -72,6 +75,7 @@ class DistributedAttention(nn.Module):
         *,
         layout: str = "b s h d",
         plan: Plan | None = None,
+        wire: Wire = "auto",
     ) -> None:
         super().__init__()
         if local_attention is not None and not callable(local_attention):
@@ -85,6 +89,7 @@ class DistributedAttention(nn.Module):
         self.local_attention = local_attention
         self.group = group
         self.plan = plan
+        self.wire = check_wire(wire)
 
     @outside_graphs
     def forward(
@@ -115,30 +120,34 @@ class DistributedAttention(nn.Module):
         _check_shards(query, key, value, layout)
         group = group_of(self.group)
         query, key, value = _autocast(query, key, value)
-        local = self.local_attention
-        if local is None:
-            args, kwargs = (), _options(query, layout, args, kwargs)
-            local = partial(fused_attention, layout=self.layout)
-        others = list(self._other_tensors(args, kwargs))
+        attend = self.own_attention(query, args, kwargs)
         if self.plan is None:
-            plan = agree(group, _record(query, key, value, layout, others), query.device)
+            plan = agree(group, _record(query, key, value, layout, attend.others), query.device)
         else:
             plan = self.plan
             check_size(group, plan.ranks)
             _check_plan(query, key, layout, plan, group)
-        if self.local_attention is None and "attn_mask" in kwargs:
-            kwargs["attn_mask"] = own_heads_of_mask(kwargs["attn_mask"], plan, group.rank)
+        attend.check(plan)
+        return self.exchange_and_attend(query, key, value, plan, group, attend)
 
-        query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout)
-        if plan.query_heads(group.rank):
-            key, value = (_uniform(tensor, plan, group.rank, layout) for tensor in (key, value))
-            result = _checked(local(query, key, value, *args, **kwargs), query, value, layout)
-            if not result.requires_grad:
-                result = _connected(result, *others)
-            result = _Tied.apply(result, query[:0].clone())
-        else:
-            result = _connected(_nothing(query, key, value), *others)
+    def exchange_and_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
+    ) -> Tensor:
+        """From the shards to the shard of the output; the sizes are checked, the plan is made."""
+        query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)
+        (own,) = own_heads(plan, group.rank)
+        result = attend(query, key, value, own)
         return heads_to_sequence(result, plan, group, layout=self.layout)
+
+    def own_attention(self, query: Tensor, args: Any, kwargs: Any) -> OwnAttention:
+        """The local attention with its arguments, checked against this rank's query."""
+        layout = LAYOUTS[self.layout]
+        others = list(self._other_tensors(args, kwargs))
+        if self.local_attention is not None:
+            return OwnAttention(self.local_attention, layout, args, kwargs, others)
+        options = _options(query, layout, args, kwargs)
+        mask = options.pop("attn_mask", None)
+        return OwnAttention(partial(fused_attention, layout=self.layout), layout, (), options, others, mask)
 
     def _other_tensors(self, args: Any, kwargs: Any) -> Iterator[Tensor]:
         """What else needs a gradient: parameters of the local attention, tensors among its arguments."""
@@ -173,7 +182,7 @@ def _check_shards(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> 
         )
 
 
-def _check_plan(query: Tensor, key: Tensor, layout: Layout, plan: Plan, group: Group) -> None:
+def _check_plan(query: Tensor, key: Tensor, layout: Layout, plan: Plan, group: TorchGroup) -> None:
     found = (query.shape[layout.sequence], query.shape[layout.heads], key.shape[layout.heads])
     planned = (len(plan.tokens_of(group.rank)), plan.heads, plan.kv_heads)
     if found != planned:
@@ -205,7 +214,7 @@ def _options(query: Tensor, layout: Layout, args: Any, kwargs: Any) -> dict[str,
         ) from None
 
 
-def _record(query: Tensor, key: Tensor, value: Tensor, layout: Layout, others: list[Tensor]) -> Record:
+def _record(query: Tensor, key: Tensor, value: Tensor, layout: Layout, others: Sequence[Tensor]) -> Record:
     gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (query, key, value, *others)
     )
@@ -220,79 +229,3 @@ def _record(query: Tensor, key: Tensor, value: Tensor, layout: Layout, others: l
         layout=list(LAYOUTS).index(layout.name),
         requires_grad=int(gradient),
     )
-
-
-def _uniform(
-    tensor: Float[Tensor, "_ _ _ dim"], plan: Plan, rank: int, layout: Layout
-) -> Float[Tensor, "_ _ _ dim"]:
-    """Kv heads such that query head i uses kv head i // ratio: as they came, or one for each query head."""
-    held, ratio = plan.kv_heads_of(rank), plan.heads // plan.kv_heads
-    used = [head // ratio - held.start for head in plan.query_heads(rank)]
-    own_ratio, left_over = divmod(len(used), len(held))
-    if not left_over and used == [index // own_ratio for index in range(len(used))]:
-        return tensor
-    # Half types pass through float32, so that the gradients of one head are summed there and rounded once.
-    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    return wide.index_select(layout.heads, torch.tensor(used, device=tensor.device)).to(tensor.dtype)
-
-
-@no_type_check
-def _checked(result: Tensor, query: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """The local attention's result, in four dims."""
-    batch, tokens, heads = (query.shape[dim] for dim in (layout.batch, layout.sequence, layout.heads))
-    expected = layout.shape(batch, tokens, heads, value.shape[3])
-    if not isinstance(result, Tensor):
-        raise LocalAttentionError(
-            f"the local attention returned a {type(result).__name__}.",
-            f"Return the output, a tensor {expected}.",
-        )
-    without_heads = tuple(size for dim, size in enumerate(expected[:3]) if dim != layout.heads)
-    if result.shape == (*without_heads, heads * value.shape[3]):
-        result = result.unflatten(-1, (heads, value.shape[3])).movedim(2, layout.heads)
-    if result.shape != expected or result.dtype != value.dtype or result.device != value.device:
-        raise LocalAttentionError(
-            f"the local attention returned {tuple(result.shape)} {result.dtype} on {result.device}.",
-            f"Return {expected} {value.dtype} on {value.device}, in {layout.name!r}; heads and dim may merge.",
-        )
-    return result
-
-
-def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The result on a rank without heads: value's empty share.
-
-    Like attention it depends on all three in derivatives of any order, so that this rank issues the same
-    collectives as the others in a double backward too.
-    """
-    return value * (query.sum() * key.sum()).exp()
-
-
-def _connected(result: Tensor, *others: Tensor) -> Tensor:
-    """The result with a path for gradients, all zero, to others that need one.
-
-    These are what the local attention was given beside query, key and value: where it was not called, or
-    returned something detached, they get a gradient all the same.
-    """
-    for other in others:
-        if torch.is_grad_enabled() and other.requires_grad:
-            result = result + other.flatten()[:0].sum().to(result.dtype)
-    return result
-
-
-class _Tied(torch.autograd.Function):
-    """The result as it is, with a path for gradients to the exchange that query, key and value came from.
-
-    A local attention may use none of the three. Its rank still has to run the backward collectives that the
-    others run, in derivatives of any order: see `_nothing`. `link` is a copy of no element of the query.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, link: Tensor) -> Tensor:
-        ctx.save_for_backward(link)
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        (link,) = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return gradient, None  # autograd visits the exchange without it, and zeros travel
-        return gradient, gradient[:0].sum() * link.exp()

@@ -136,18 +136,21 @@ def fused_options(
     return {"attn_mask": attn_mask, "dropout_p": dropout_p, "scale": scale}
 
 
-def own_heads_of_mask(mask: Tensor, plan: Plan, rank: int) -> Tensor:
-    """The mask for a rank's query heads, from one for all of them; one without a head dim as it is.
+def check_mask(mask: Tensor, plan: Plan) -> None:
+    """Refuse a mask that does not cover all tokens.
 
     Raises:
-        MaskError: it does not cover all tokens.
+        MaskError: with the sizes.
     """
     if any(size not in (1, plan.tokens) for size in mask.shape[-2:]):
         raise MaskError(
             f"attn_mask is {tuple(mask.shape)}; the sequence has {plan.tokens} tokens on all ranks together.",
             f"Give it for all tokens in global order, [..., {plan.tokens}, {plan.tokens}].",
         )
+
+
+def mask_of_heads(mask: Tensor, heads: range) -> Tensor:
+    """The mask for these query heads, from one for all of them; one without a head dim as it is."""
     if mask.ndim == 2 or mask.shape[-3] == 1:
         return mask
-    own = plan.query_heads(rank)
-    return mask.narrow(-3, own.start, len(own))
+    return mask.narrow(-3, heads.start, len(heads))

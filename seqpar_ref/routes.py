@@ -81,6 +81,19 @@ class Load:
 
 
 @no_type_check
+def check_wire(wire: Wire) -> Wire:
+    """The wire, if there is such a one.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if not isinstance(wire, str) or wire not in get_args(Wire):
+        known = ", ".join(repr(known) for known in get_args(Wire))
+        raise ArgumentError(f"wire is {wire!r}.", f"Use one of {known}.")
+    return wire
+
+
+@no_type_check
 def wire_of(wire: Wire, plan: Plan, batch: int, dims: tuple[int, ...], dtype: torch.dtype) -> Wire:
     """How query, key and value travel: as the caller says, or by size.
 
@@ -91,10 +104,7 @@ def wire_of(wire: Wire, plan: Plan, batch: int, dims: tuple[int, ...], dtype: to
     Raises:
         ArgumentError: no such wire.
     """
-    if wire not in get_args(Wire):
-        known = ", ".join(repr(known) for known in get_args(Wire))
-        raise ArgumentError(f"wire is {wire!r}.", f"Use one of {known}.")
-    if wire != "auto":
+    if check_wire(wire) != "auto":
         return wire
     return "fused" if _mean_bytes(plan, batch, dims, dtype) <= FUSED_UP_TO else "pipelined"
 

@@ -1,0 +1,158 @@
+r"""The same attention, with communication behind computation.
+
+Both kinds are an order of calls and no more: an exchange is started, something is computed, the exchange is
+finished. Autograd runs the nodes of the backward pass in the reverse order of their creation, and the backward
+of a finish is a start, so the backward pass overlaps as well.
+
+(a) `behind_projections`: q travels while k is projected, k while v is.
+
+    forward    project q | start q | project k | start k | project v | start v | finish q k v | attention | start o
+    backward   finish do | attention | start dv dk dq | finish dv | dWv | finish dk | dWk | finish dq | dWq
+
+At most 2 of the 4 exchanges are hidden in the forward pass (q and k), and 3 of 4 in the backward pass: dk and dq
+behind the weight gradients of v and k, and the output's gradient behind that of the output projection
+(`late_weight.py`).
+
+(b) `in_chunks`: each rank's heads in C chunks. While it attends with one, the next ones come and the ones before
+return.
+
+    forward    start 0 1 2 | finish 0 | attention 0 | return 0 | finish 1 | attention 1 | return 1 | ... | finish all
+    backward   start 2 1 0 | finish 2 | attention 2 | return 2 | finish 1 | attention 1 | return 1 | ... | finish all
+
+All but the first chunk's coming and the last one's return can be hidden: (C-1)/C of the communication. The heads
+of a chunk are whole groups of query heads that share a kv head, so that no sum is cut in two: values and
+gradients equal those of `DistributedAttention` to the bit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .attention import DistributedAttention
+from .checks import integers, no_type_check
+from .errors import PlanError
+from .exchange import Pending, check_shares, start_heads_to_sequence, start_sequence_to_heads
+from .flight import Flight, outside_graphs
+from .group import TorchGroup
+from .own_heads import OwnAttention, own_heads
+from .plan import Plan
+from .routes import Load, routes_to_heads
+
+
+@outside_graphs
+def behind_projections(
+    projections: Sequence[Callable[[], Tensor]],
+    attend: OwnAttention,
+    plan: Plan,
+    group: TorchGroup,
+) -> Pending:
+    """Attention whose q, k and v each travel while the next one is made.
+
+    Args:
+        projections: make this rank's query, key and value, `[batch, seq_local, heads, dim]` in the order of
+            the layout of `attend`. Called in this order.
+        attend: attention of this rank's heads.
+
+    Returns:
+        The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
+    """
+    layout = attend.layout.name
+    kinds: tuple[Literal["query", "kv"], ...] = ("query", "kv", "kv")
+    started = [
+        start_sequence_to_heads(project(), plan, group, layout=layout, heads=kind)
+        for project, kind in zip(projections, kinds, strict=True)
+    ]
+    query, key, value = (pending.finish() for pending in started)
+    (own,) = own_heads(plan, group.rank)
+    return start_heads_to_sequence(attend(query, key, value, own), plan, group, layout=layout)
+
+
+@outside_graphs
+def in_chunks(
+    query: Float[Tensor, "_ _ _ dim"],
+    key: Float[Tensor, "_ _ _ dim"],
+    value: Float[Tensor, "_ _ _ value_dim"],
+    attend: OwnAttention,
+    plan: Plan,
+    group: TorchGroup,
+    chunks: int,
+) -> Pending:
+    """Attention whose heads come, are attended with, and return in chunks.
+
+    Args:
+        query, key, value: this rank's, as for `qkv_to_heads`.
+        attend: attention of a chunk of this rank's heads.
+        chunks: how many; `Plan.most_chunks` where that is less.
+
+    Returns:
+        The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
+    """
+    member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
+    chunks = min(chunks, plan.most_chunks)
+    together = Load(("query", "kv", "kv"), (query.shape[3], key.shape[3], value.shape[3]))
+    returning = Load(("query",), (value.shape[3],))
+    (there,) = routes_to_heads(plan, member.rank, layout, (together,), query, chunks)
+    (back,) = routes_to_heads(plan, member.rank, layout, (returning,), query, chunks)
+    coming, going = Flight(member, there), Flight(member, back.reverse())
+    coming.start(query, key, value)
+    for chunk, own in enumerate(own_heads(plan, member.rank, chunks)):
+        own_query, own_key, own_value = coming.finish(chunk)
+        going.start(attend(own_query, own_key, own_value, own), stage=chunk)
+    return Pending(going)
+
+
+@no_type_check
+class ChunkedAttention(DistributedAttention):
+    """`DistributedAttention` whose heads travel in chunks, behind the attention of other chunks.
+
+    Use it where query, key and value are ready at the same time: as it is called from Hugging Face, or after a
+    fused QKV projection. What it returns equals `DistributedAttention` to the bit, gradients too, but for
+    dropout, whose random numbers are drawn chunk by chunk.
+
+    Args:
+        local_attention, group, layout, plan: as for `DistributedAttention`. The local attention is called once
+            for each chunk of this rank's heads, and does not learn which heads these are: parameters by head
+            are not possible.
+        chunks: how many; fewer where no rank has so many kv heads.
+
+    Raises:
+        PlanError: `chunks` is no integer of at least 1.
+        LayoutError, ArgumentError, GroupError: as for `DistributedAttention`.
+    """
+
+    def __init__(
+        self,
+        local_attention: Callable[..., Tensor] | None = None,
+        group: Any = None,
+        *,
+        chunks: int = 4,
+        layout: str = "b s h d",
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__(local_attention, group, layout=layout, plan=plan)
+        self.chunks = check_chunks(chunks)
+
+    def exchange_and_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
+    ) -> Tensor:
+        output: Tensor = in_chunks(query, key, value, attend, plan, group, self.chunks).finish()
+        return output
+
+    def extra_repr(self) -> str:
+        """What print(module) shows beside the local attention."""
+        return f"{super().extra_repr()}, chunks={self.chunks}"
+
+
+@no_type_check
+def check_chunks(chunks: int) -> int:
+    """The number of chunks.
+
+    Raises:
+        PlanError: it is no integer of at least 1.
+    """
+    (chunks,) = integers("chunks", (chunks,))
+    if chunks < 1:
+        raise PlanError("0 chunks hold no heads.", "Use at least 1 chunk.")
+    return chunks
