@@ -6,6 +6,7 @@ It shows what stands where when communication runs behind computation; see `over
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
