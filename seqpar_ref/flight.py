@@ -141,7 +141,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flight: Flight, stages: tuple[int, ...], *tokens: Tensor) -> tuple[Tensor, ...]:
-        ctx.flight, ctx.stages = flight, stages
+        ctx.flight, ctx.stages, ctx.tokens = flight, stages, len(tokens)
         ctx.save_for_backward(tokens[0].new_empty(0))
         return flight.wait(stages)
 
@@ -150,7 +150,7 @@ class _Finish(torch.autograd.Function):
         _recompute_here(ctx)
         flight = ctx.flight.gradients(ctx.stages, again=True)
         token = _Start.apply(flight, ctx.stages[::-1], *gradients)
-        return None, None, *[token for _ in ctx.stages]
+        return None, None, *[token] * ctx.tokens
 
 
 class Exchange(torch.autograd.Function):
