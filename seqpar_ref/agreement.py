@@ -5,7 +5,8 @@ records all ranks make the same plan, or raise the same error. Nothing is rememb
 whose own sizes did not change still learns that another's did.
 """
 
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
@@ -38,17 +39,28 @@ def agree(group: Group, record: Record, device: torch.device) -> Plan:
     Raises:
         RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.
     """
-    records = group.all_gather_integers(list(astuple(record)), device)
-    for column, field in enumerate(fields(Record)):
-        by_rank = [row[column] for row in records]
-        if field.name != "tokens" and len(set(by_rank)) > 1:
-            word = field.name.replace("_", " ")
-            raise RankMismatchError(
-                f"the ranks differ in {word}: {_by_value(field.name, by_rank)}.",
-                f"Call with the same {word} on every rank of the group; only the tokens may differ.",
-            )
-    tokens = tuple(row[0] for row in records)
+    tokens = gather(group, asdict(record), ("tokens",), device)["tokens"]
     return _plan(group.size, record.query_heads, record.kv_heads, tokens)
+
+
+def gather(
+    group: Group, record: Mapping[str, int], may_differ: tuple[str, ...], device: torch.device
+) -> dict[str, tuple[int, ...]]:
+    """Exchange named integers; each name's values by rank.
+
+    Raises:
+        RankMismatchError: the ranks differ in one that may not. The same error on every rank.
+    """
+    records = group.all_gather_integers(list(record.values()), device)
+    by_rank = dict(zip(record, zip(*records, strict=True), strict=True))
+    for name, values in by_rank.items():
+        if name not in may_differ and len(set(values)) > 1:
+            word, free = name.replace("_", " "), " and ".join(may_differ).replace("_", " ")
+            raise RankMismatchError(
+                f"the ranks differ in {word}: {_by_value(name, values)}.",
+                f"Call with the same {word} on every rank of the group; only the {free} may differ.",
+            )
+    return by_rank
 
 
 @lru_cache(maxsize=64)
@@ -56,7 +68,7 @@ def _plan(ranks: int, heads: int, kv_heads: int, tokens: tuple[int, ...]) -> Pla
     return make_plan(ranks=ranks, heads=heads, kv_heads=kv_heads, tokens=tokens)
 
 
-def _by_value(name: str, by_rank: list[int]) -> str:
+def _by_value(name: str, by_rank: tuple[int, ...]) -> str:
     """For example: 8 on ranks 0, 1, 3; 4 on rank 2."""
     words = []
     for value in dict.fromkeys(by_rank):
@@ -68,7 +80,7 @@ def _by_value(name: str, by_rank: list[int]) -> str:
 
 
 def _readable(name: str, value: int) -> str:
-    if name == "dtype":
+    if name.endswith("dtype"):
         return str(DTYPES[value]).removeprefix("torch.")
     if name == "layout":
         return repr(list(LAYOUTS)[value])

@@ -8,6 +8,7 @@ Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
 import os
 
 import torch
+from torch import Tensor
 
 from .errors import NoAcceleratorError
 
@@ -18,6 +19,29 @@ def current_stream() -> torch.Stream | None:
         return torch.accelerator.current_stream()
     except RuntimeError:  # there is none; virtual ranks have streams on any machine
         return None
+
+
+def wait_for_event(event: torch.Event) -> None:
+    """The current stream waits for the event. Nothing to do where there is no accelerator."""
+    if current_stream() is not None:
+        event.wait()
+
+
+def wait_for_stream(stream: torch.Stream) -> None:
+    """The current stream waits for all that the other one has been given so far.
+
+    Nothing to do where there is no accelerator, or for a stand-in that cannot record an event.
+    """
+    now = current_stream()
+    if now is not None and hasattr(stream, "record_event"):
+        now.wait_stream(stream)
+
+
+def keep_for_current_stream(tensor: Tensor) -> None:
+    """The memory of a tensor of another stream is not used again before the current stream is done with it."""
+    now = current_stream()
+    if now is not None and tensor.device.type == now.device.type:
+        tensor.record_stream(now)
 
 
 def synchronize() -> None:

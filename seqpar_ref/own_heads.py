@@ -63,6 +63,7 @@ class OwnAttention:
         layout: of these tensors.
         others: what needs a gradient beside query, key and value; zeros on a rank without heads.
         mask: for all tokens and query heads; `local` gets `attn_mask`, for the heads at hand.
+        free: the result may have another dim and dtype than the value. A rank without heads cannot know them.
     """
 
     local: Callable[..., Tensor]
@@ -71,6 +72,7 @@ class OwnAttention:
     kwargs: Mapping[str, Any]
     others: Sequence[Tensor]
     mask: Tensor | None = None
+    free: bool = False
 
     def check(self, plan: Plan) -> None:
         """Refuse what does not fit the plan.
@@ -102,7 +104,8 @@ class OwnAttention:
             kwargs["attn_mask"] = mask_of_heads(self.mask, own.query)
         if own.expand:
             key, value = (_expanded(tensor, own.kv_of_query, self.layout) for tensor in (key, value))
-        result = _checked(self.local(query, key, value, *self.args, **kwargs), query, value, self.layout)
+        result = self.local(query, key, value, *self.args, **kwargs)
+        result = _checked(result, query, value, self.layout, self.free)
         if not result.requires_grad:
             result = _connected(result, *self.others)
         return _Tied.apply(result, *links)
@@ -118,22 +121,25 @@ def _expanded(
 
 
 @no_type_check
-def _checked(result: Tensor, query: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def _checked(result: Tensor, query: Tensor, value: Tensor, layout: Layout, free: bool) -> Tensor:
     """The local attention's result, in four dims."""
     batch, tokens, heads = (query.shape[dim] for dim in (layout.batch, layout.sequence, layout.heads))
-    expected = layout.shape(batch, tokens, heads, value.shape[3])
+    dim, dtype = value.shape[3], value.dtype
+    if free and isinstance(result, Tensor) and result.ndim in (3, 4):
+        dim, dtype = result.shape[-1] if result.ndim == 4 else result.shape[-1] // heads, result.dtype
+    expected = layout.shape(batch, tokens, heads, dim)
     if not isinstance(result, Tensor):
         raise LocalAttentionError(
             f"the local attention returned a {type(result).__name__}.",
             f"Return the output, a tensor {expected}.",
         )
     without_heads = tuple(size for dim, size in enumerate(expected[:3]) if dim != layout.heads)
-    if result.shape == (*without_heads, heads * value.shape[3]):
-        result = result.unflatten(-1, (heads, value.shape[3])).movedim(2, layout.heads)
-    if result.shape != expected or result.dtype != value.dtype or result.device != value.device:
+    if result.shape == (*without_heads, heads * dim):
+        result = result.unflatten(-1, (heads, dim)).movedim(2, layout.heads)
+    if result.shape != expected or result.dtype != dtype or result.device != value.device:
         raise LocalAttentionError(
             f"the local attention returned {tuple(result.shape)} {result.dtype} on {result.device}.",
-            f"Return {expected} {value.dtype} on {value.device}, in {layout.name!r}; heads and dim may merge.",
+            f"Return {expected} {dtype} on {value.device}, in {layout.name!r}; heads and dim may merge.",
         )
     return result
 

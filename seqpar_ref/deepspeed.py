@@ -1,0 +1,321 @@
+r"""The public names of `deepspeed.sequence.layer`, with its signatures and defaults, over this package's core.
+
+    from deepspeed.sequence.layer import DistributedAttention      # before
+    from seqpar_ref.deepspeed import DistributedAttention          # after
+
+Where the original (0.19.0) is right, this is equal to it, to the last bit. Where it is not, the docstrings say
+which of the defects in docs/defects.md (D1, D2, ...) is meant. docs/deepspeed.md goes through the names.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .agreement import gather
+from .attention import DistributedAttention as CoreAttention
+from .checks import DTYPES, check_tensor, is_integer, no_type_check
+from .deepspeed_exchanges import (
+    WithGradient,
+    _DimZeroAllToAll,
+    _SeqAllToAll,
+    check_batch_dim,
+    single_all_to_all,
+    uneven_heads_all2all,
+)
+from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
+from .device import keep_for_current_stream, wait_for_event, wait_for_stream
+from .errors import ArgumentError, ShapeError, TensorError
+from .exchange import heads_to_sequence, qkv_to_heads, start_sequence_to_heads
+from .flight import outside_graphs
+from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
+from .own_heads import OwnAttention, own_heads
+from .plan import Plan, make_plan
+from .shapes import LAYOUTS, Layout
+
+__all__ = [
+    "DistributedAttention",
+    "_DimZeroAllToAll",
+    "_SeqAllToAll",
+    "apply_rotary_pos_emb",
+    "single_all_to_all",
+    "uneven_heads_all2all",
+]
+
+# (scatter_idx, gather_idx) -> the layout's name by batch_dim_idx
+LAYOUTS_OF_INDICES = {
+    (2, 0): {0: "b s h d", 1: "s b h d"},
+    (2, 1): {0: "b s h d", 1: "s b h d"},
+    (1, 2): {0: "b h s d"},
+}
+
+
+@no_type_check
+class DistributedAttention(nn.Module):
+    """The original's `DistributedAttention`, and its attributes `local_attn`, `spg`, `sp_stream`.
+
+    Sequence-first tensors come back in their shape (D1). Heads and tokens need not divide by the ranks, and kv
+    heads may be fewer than query heads and than ranks (D7, D8, D9, D12, D14): what the original reads from
+    globals stands in the plan of each call (D6, D17). Query may have other tokens than key and value.
+
+    Args:
+        local_attention: `(query, key, value, *args, **kwargs) -> output`, for all tokens and this rank's heads, in
+            the order of dims of the inputs. Where it returns heads and dim merged, so does the module (D15).
+        sequence_process_group: the ranks that share the sequence; None for the world.
+        scatter_idx, gather_idx: the dims of the heads and of the sequence. (2, 0) and (2, 1) mean the same:
+            which of the two it is follows from batch_dim_idx (D10). (1, 2) is [batch, heads, sequence, dim]
+            (D11).
+        sp_stream: a stream on which the caller computes query, key and value. The current stream, as it is in
+            each call (D19), waits for each of them before it sends it, and all three travel asynchronously, in
+            the backward pass too. Everything belongs to the call: leaf tensors, fused projections, operations
+            behind a projection and several micro-batches in flight are all right (D2, D3, D4, D20), and
+            streams are never compared (D5). Without one, query, key and value travel together if they are
+            small (D16).
+        plan: who owns what, from `seqpar_ref.make_plan`. Without one the ranks exchange a record of 96 bytes
+            with each other in every call, and the host waits for it.
+
+    Raises:
+        ArgumentError, GroupError: what cannot be called, waited for, or is no plan or group, and indices that
+            the original has no meaning for.
+    """
+
+    def __init__(
+        self,
+        local_attention: Callable[..., Tensor],
+        sequence_process_group: GroupLike,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: torch.Stream | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(local_attention):
+            kind = type(local_attention).__name__
+            raise ArgumentError(f"local_attention is a {kind}.", "Pass a module, or any other callable.")
+        if plan is not None and not isinstance(plan, Plan):
+            kind = type(plan).__name__
+            raise ArgumentError(f"plan is a {kind}.", "Pass what seqpar_ref.make_plan returns, or None.")
+        if sp_stream is not None and not hasattr(sp_stream, "wait_stream"):
+            kind = type(sp_stream).__name__
+            raise ArgumentError(f"sp_stream is a {kind}.", "Pass a torch.Stream, or None.")
+        check_kind(sequence_process_group)
+        self.local_attn = local_attention
+        self.spg = sequence_process_group
+        self.scatter_idx, self.gather_idx = scatter_idx, gather_idx
+        self.sp_stream = sp_stream
+        self.plan = plan
+        self._layouts()
+
+    def layer_sync(self, layer: Any) -> None:
+        """What comes next on the current stream comes after what made the layer's output, `layer`.
+
+        That is the event `layer.done_event`, which may be recorded on any stream. A layer without one comes
+        after all that `sp_stream` has been given so far (D19: the original does not wait then).
+        """
+        event = getattr(layer, "done_event", None)
+        if event is not None:
+            wait_for_event(event)
+        elif self.sp_stream is not None:
+            wait_for_stream(self.sp_stream)
+        if self.sp_stream is not None and isinstance(layer, Tensor):
+            keep_for_current_stream(layer)
+
+    @outside_graphs
+    def forward(
+        self,
+        query: Float[Tensor, "_ _ _ dim"],
+        key: Float[Tensor, "_ _ _ dim"],
+        value: Float[Tensor, "_ _ _ value_dim"],
+        batch_dim_idx: int,
+        rotary_pos_emb: Sequence[Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Float[Tensor, "_ _ *heads_dim"]:
+        """Attention of this rank's tokens over all tokens.
+
+        Args:
+            query, key, value: this rank's tokens, `[batch, sequence, heads, dim]` for batch_dim_idx 0,
+                `[sequence, batch, heads, dim]` for 1.
+            batch_dim_idx: 0 or 1. An argument of the local attention in its place is refused (D18).
+            rotary_pos_emb: cosines and sines, each `[sequence, batch or 1, 1, rotary dim]`, of all tokens or of
+                this rank's, for query and key (D13: in any layout).
+            args, kwargs: go to the local attention as they are.
+
+        Returns:
+            The output in the layout of the inputs, heads and dim merged if the local attention merges them.
+
+        Raises:
+            SeqparError: one of its classes. What a rank can see alone is raised before it communicates, what
+                only all can see on all alike.
+        """
+        layout = self._layout(batch_dim_idx)
+        _check(query, key, value, layout)
+        check_tables(rotary_pos_emb, query, layout)
+        group = group_of(self.spg)
+        core = CoreAttention(self.local_attn, group, layout=layout.name)
+        attend = core.own_attention(query, args, kwargs)
+        plan, kv_plan = self._plans(query, key, value, layout, group, attend.others)
+        tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
+        shards = self._when_ready(query, key, value, tables)
+        query, key, value = _travel(shards, plan, kv_plan, group, layout, apart=self.sp_stream is not None)
+        context, merge = _attend(attend, query, key, value, plan, group)
+        if self.sp_stream is not None:
+            context = WithGradient.apply(context, lambda gradient: wait_for_stream(self.sp_stream))
+        output = heads_to_sequence(context, plan, group, layout=layout.name)
+        return output.movedim(layout.heads, 2).flatten(2) if merge else output
+
+    def extra_repr(self) -> str:
+        """What print(module) shows beside the local attention."""
+        plan = "made in each call" if self.plan is None else f"of {self.plan.ranks} ranks"
+        indices = f"scatter_idx={self.scatter_idx}, gather_idx={self.gather_idx}"
+        return f"{indices}, sp_stream={self.sp_stream}, plan {plan}"
+
+    def _layouts(self) -> dict[int, str]:
+        """The layouts that the two indices can mean, by batch_dim_idx."""
+        indices = self.scatter_idx, self.gather_idx
+        if not all(map(is_integer, indices)) or indices not in LAYOUTS_OF_INDICES:
+            raise ArgumentError(
+                f"scatter_idx is {self.scatter_idx!r} and gather_idx {self.gather_idx!r}.",
+                "Give the dims of the heads and of the sequence: (2, 1) for [batch, sequence, heads, dim], (2, 0) "
+                "for [sequence, batch, heads, dim], (1, 2) for [batch, heads, sequence, dim].",
+            )
+        return LAYOUTS_OF_INDICES[indices]
+
+    def _layout(self, batch_dim_idx: int) -> Layout:
+        check_batch_dim(batch_dim_idx)
+        layouts = self._layouts()
+        if batch_dim_idx not in layouts:
+            raise ArgumentError(
+                f"scatter_idx is {self.scatter_idx}, gather_idx {self.gather_idx}, batch_dim_idx {batch_dim_idx}: "
+                f"heads and batch cannot both be dim {batch_dim_idx}.",
+                "Pass batch_dim_idx 0, or make the module with scatter_idx 2.",
+            )
+        return LAYOUTS[layouts[batch_dim_idx]]
+
+    def _plans(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        group: TorchGroup,
+        others: Sequence[Tensor],
+    ) -> tuple[Plan, Plan]:
+        """Who owns what of the query, and of key and value."""
+        record = {
+            "tokens": query.shape[layout.sequence],
+            "kv_tokens": key.shape[layout.sequence],
+            "query_heads": query.shape[layout.heads],
+            "kv_heads": key.shape[layout.heads],
+            "head_dim": query.shape[3],
+            "value_dim": value.shape[3],
+            "batch": query.shape[layout.batch],
+            "dtype": DTYPES.index(query.dtype),
+            "key_dtype": DTYPES.index(key.dtype),
+            "value_dtype": DTYPES.index(value.dtype),
+            "layout": list(LAYOUTS).index(layout.name),
+            "requires_grad": int(_needs_gradient(query, key, value, *others)),
+        }
+        if self.plan is None:
+            sizes = gather(group, record, ("tokens", "kv_tokens"), query.device)
+            return _plans(record["query_heads"], record["kv_heads"], sizes["tokens"], sizes["kv_tokens"])
+        check_size(group, self.plan.ranks)
+        tokens = len(self.plan.tokens_of(group.rank))
+        planned = (tokens, tokens, self.plan.heads, self.plan.kv_heads)
+        found = tuple(record.values())[:4]
+        if found != planned:
+            raise ShapeError(
+                f"rank {group.rank} has {found[0]} tokens of the query, {found[1]} of the key, {found[2]} query "
+                f"heads and {found[3]} kv heads ({layout.name}); the plan says {', '.join(map(str, planned))}.",
+                "Pass tensors of those sizes, a plan made for them, or no plan.",
+            )
+        return self.plan, self.plan
+
+    def _when_ready(
+        self, query: Tensor, key: Tensor, value: Tensor, tables: tuple[Tensor, Tensor] | None
+    ) -> Iterator[Tensor]:
+        """The three, rotated, each when the current stream may read it."""
+        for tensor, turns in ((query, True), (key, True), (value, False)):
+            self.layer_sync(tensor)
+            yield apply_rotary_pos_emb(tensor, *tables) if turns and tables is not None else tensor
+
+
+def _travel(
+    shards: Iterator[Tensor], plan: Plan, kv_plan: Plan, group: TorchGroup, layout: Layout, apart: bool
+) -> Sequence[Tensor]:
+    """Query, key and value from a shard of the sequence to a shard of the heads."""
+    if not apart:
+        query, key, value = shards
+        if kv_plan == plan and query.dtype == key.dtype == value.dtype:
+            return qkv_to_heads(query, key, value, plan, group, layout=layout.name)
+        shards = iter((query, key, value))
+    kinds: Sequence[Literal["query", "kv"]] = ("query", "kv", "kv")
+    started = [
+        start_sequence_to_heads(shard, own_plan, group, layout=layout.name, heads=heads)
+        for shard, own_plan, heads in zip(shards, (plan, kv_plan, kv_plan), kinds, strict=True)
+    ]
+    return [pending.finish() for pending in started]
+
+
+def _attend(
+    attend: OwnAttention, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup
+) -> tuple[Tensor, bool]:
+    """The local attention's result in four dims, and whether it merges heads and dim.
+
+    A rank without heads does not see a result, and learns from the others whether it is merged.
+    """
+    merged = [False]
+
+    def local(*args: Any, **kwargs: Any) -> Tensor:
+        result = attend.local(*args, **kwargs)
+        merged[0] = isinstance(result, Tensor) and result.ndim == 3
+        return result
+
+    everywhere = min(plan.heads_by_rank) > 0
+    (own,) = own_heads(plan, group.rank)
+    context = replace(attend, local=local, free=everywhere)(query, key, value, own)
+    if everywhere:
+        return context, merged[0]
+    return context, any(flag for (flag,) in group.all_gather_integers([int(merged[0])], context.device))
+
+
+@lru_cache(maxsize=64)
+def _plans(
+    heads: int, kv_heads: int, tokens: tuple[int, ...], kv_tokens: tuple[int, ...]
+) -> tuple[Plan, Plan]:
+    plan = make_plan(ranks=len(tokens), heads=heads, kv_heads=kv_heads, tokens=tokens)
+    return plan, replace(plan, tokens_by_rank=kv_tokens)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+@no_type_check
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, layout)
+        if tensor.device != query.device:
+            raise TensorError(
+                f"query is on {query.device}, {name} on {tensor.device}.",
+                f"Move {name} to the device of query.",
+            )
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
+    if not query.shape[layout.batch] == key.shape[layout.batch] == value.shape[layout.batch]:
+        raise ShapeError(f"batch differs: {shapes}.", "Give query, key and value the same batch.")
+    if key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
+        raise ShapeError(
+            f"sizes differ: {shapes}.",
+            "Give key and value the same tokens and heads, and query and key the same head dim.",
+        )
+    heads, kv_heads = query.shape[layout.heads], key.shape[layout.heads]
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ShapeError(
+            f"{kv_heads} kv heads cannot serve {heads} query heads in equal groups: {shapes}.",
+            "Give a number of kv heads that divides the query heads, or the indices that the tensors have.",
+        )

@@ -1,0 +1,124 @@
+"""Rotary embedding by given cosines and sines, under the name that `deepspeed.sequence.layer` has for it.
+
+`rotary.py` has more to say: positions instead of tables, and the interleaved convention.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .checks import is_dense, no_type_check
+from .errors import RotaryError
+from .plan import Plan
+from .shapes import Layout
+
+
+@no_type_check
+def apply_rotary_pos_emb(
+    t: Float[Tensor, "... dim"],
+    freqs_cos: Float[Tensor, "... rotary_dim"],
+    freqs_sin: Float[Tensor, "... rotary_dim"],
+) -> Float[Tensor, "... dim"]:
+    r"""Turn pairs in the half-split convention: elements i and i + r/2 are a pair, r the rotary dim.
+
+    $$(a, b) \to (a \cos\phi_a - b \sin\phi_a,\ b \cos\phi_b + a \sin\phi_b)$$
+
+    The original's docstring speaks of the interleaved convention, its code is this one (D13). Elements from r on
+    are left as they are. The result has the dtype that PyTorch promotes `t` and the tables to.
+
+    Args:
+        t: query or key.
+        freqs_cos, freqs_sin: one column for each element, r of them; they broadcast to `t`.
+
+    Raises:
+        RotaryError: tables that do not fit. Broadcasting `t` to the shape of the tables is one of these (D13).
+    """
+    _check_table("t", t)
+    _check_table("freqs_cos", freqs_cos)
+    _check_table("freqs_sin", freqs_sin)
+    rotary_dim = freqs_cos.shape[-1]
+    turning, rest = t[..., :rotary_dim], t[..., rotary_dim:]
+    shapes = f"t is {tuple(t.shape)}, cos {tuple(freqs_cos.shape)} and sin {tuple(freqs_sin.shape)}"
+    if rotary_dim % 2 or not rotary_dim or {rotary_dim, freqs_sin.shape[-1]} != {turning.shape[-1]}:
+        raise RotaryError(
+            f"{shapes}.", "Give cos and sin the same even number of columns, at most the dim of t."
+        )
+    for table in (freqs_cos, freqs_sin):
+        if not _broadcasts(table.shape, turning.shape):
+            raise RotaryError(f"{shapes}.", "Give them the dims of t, each of its size or of size 1.")
+    first, second = turning.chunk(2, dim=-1)
+    turned = (turning * freqs_cos) + (torch.cat((-second, first), dim=-1) * freqs_sin)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@no_type_check
+def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout: Layout) -> None:
+    """Refuse what is no pair of cosines and sines for these tensors, such as a mask in its place.
+
+    Raises:
+        RotaryError: what does not fit, with the numbers.
+    """
+    if rotary_pos_emb is None:
+        return
+    if not isinstance(rotary_pos_emb, Sequence | Tensor) or len(rotary_pos_emb) != 2:
+        found = tuple(rotary_pos_emb.shape) if isinstance(rotary_pos_emb, Tensor) else rotary_pos_emb
+        raise RotaryError(
+            f"rotary_pos_emb is {found!r}.",
+            "Pass (cos, sin), or None; what goes to the local attention comes behind it, or by keyword.",
+        )
+    cos, sin = rotary_pos_emb
+    _check_table("the cosines", cos)
+    _check_table("the sines", sin)
+    batch, dim = query.shape[layout.batch], query.shape[3]
+    fits = cos.ndim == 4 and cos.shape[1] in (1, batch) and cos.shape[2] == 1 and 0 < cos.shape[3] <= dim
+    if not fits or cos.shape != sin.shape or cos.shape[3] % 2:
+        raise RotaryError(
+            f"the cosines are {tuple(cos.shape)}, the sines {tuple(sin.shape)}; batch {batch}, head dim {dim}.",
+            f"Give both [sequence, 1 or {batch}, 1, rotary dim], an even rotary dim of at most {dim}.",
+        )
+
+
+def own_tables(
+    rotary_pos_emb: Sequence[Tensor] | None, plan: Plan, rank: int, layout: Layout
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of the rank's own tokens, in the layout of its query.
+
+    Raises:
+        RotaryError: they are neither for all tokens nor for the rank's.
+    """
+    if rotary_pos_emb is None:
+        return None
+    cos, sin = rotary_pos_emb
+    own = plan.tokens_of(rank)
+    if len(cos) == plan.tokens:
+        cos, sin = cos[own.start : own.stop], sin[own.start : own.stop]
+    elif len(cos) != len(own):
+        raise RotaryError(
+            f"cosines and sines are for {len(cos)} tokens; there are {plan.tokens}, {len(own)} of them on this rank.",
+            f"Give them for all {plan.tokens} tokens, or for these {len(own)}.",
+        )
+    places = layout.sequence, layout.batch, layout.heads
+    return cos.movedim((0, 1, 2), places), sin.movedim((0, 1, 2), places)
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of that shape broadcasts to the other one, and not the other way."""
+    own = to[len(to) - len(shape) :] if len(shape) <= len(to) else ()
+    return len(own) == len(shape) and all(size in (1, other) for size, other in zip(shape, own, strict=True))
+
+
+def _check_table(name: str, table: object) -> None:
+    if (
+        not isinstance(table, Tensor)
+        or not table.is_floating_point()
+        or not is_dense(table)
+        or not table.ndim
+    ):
+        found = (
+            f"a {table.dtype} tensor {tuple(table.shape)}"
+            if isinstance(table, Tensor)
+            else type(table).__name__
+        )
+        raise RotaryError(f"{name} is {found}.", "Pass a dense floating-point tensor.")
