@@ -17,7 +17,7 @@ from .agreement import Record, agree
 from .attention import DistributedAttention
 from .checks import DTYPES, integers, no_type_check
 from .errors import ArgumentError, PlanError, ShapeError, TensorError
-from .group import GroupLike, group_of
+from .group import GroupLike, check_size, group_of
 from .late_weight import LateLinear
 from .overlap import behind_projections, check_chunks, in_chunks
 from .plan import Plan
@@ -83,14 +83,15 @@ class UlyssesBlock(nn.Module):
             )
         (head_dim,) = integers("head_dim", (width // max(heads, 1) if head_dim is None else head_dim,))
         Plan((0,), (heads,), kv_heads)  # refuses heads that do not belong together
-        if overlap not in get_args(Overlap):
-            raise ArgumentError(f"overlap is {overlap!r}.", f"Use one of {', '.join(get_args(Overlap))}.")
+        if not isinstance(overlap, str) or overlap not in get_args(Overlap):
+            known = ", ".join(repr(known) for known in get_args(Overlap))
+            raise ArgumentError(f"overlap is {overlap!r}.", f"Use one of {known}.")
+        self.attention = DistributedAttention(local_attention, group, layout=layout, plan=plan)
         if plan is not None and (plan.heads, plan.kv_heads) != (heads, kv_heads):
             raise PlanError(
                 f"the plan is for {plan.heads} and {plan.kv_heads} heads, the block has {heads} and {kv_heads}.",
                 "Make the plan with the block's heads.",
             )
-        self.attention = DistributedAttention(local_attention, group, layout=layout, plan=plan)
         self.heads, self.kv_heads, self.head_dim, self.theta = heads, kv_heads, head_dim, theta
         self.overlap, self.chunks = overlap, check_chunks(chunks)
         linear = partial(nn.Linear, bias=bias, device=device, dtype=dtype)
@@ -120,8 +121,12 @@ class UlyssesBlock(nn.Module):
         group = group_of(self.attention.group)
         query = self._projected(x, self.query)
         attend = self.attention.own_attention(query, args, kwargs)
-        plan = self.attention.plan or agree(group, self._record(x, query), x.device)
+        plan = self.attention.plan
+        if plan is None:
+            plan = agree(group, self._record(x, query), x.device)
+        check_size(group, plan.ranks)
         attend.check(plan)
+        self._check_tokens(query, plan.tokens_by_rank[group.rank], group.rank)
         if self.theta is not None and position_ids is None:
             position_ids = position_ids_of(plan, group.rank, x.device)
         projections = (
@@ -192,6 +197,14 @@ class UlyssesBlock(nn.Module):
             raise ShapeError(
                 f"x is {tuple(x.shape)}; the block has width {width}.",
                 f"Pass this rank's tokens, [batch, seq_local, {width}].",
+            )
+
+    def _check_tokens(self, query: Tensor, tokens: int, rank: int) -> None:
+        found = query.shape[LAYOUTS[self.attention.layout].sequence]
+        if found != tokens:
+            raise ShapeError(
+                f"x has {found} tokens on rank {rank}; the plan says {tokens}.",
+                "Pass this rank's tokens of the plan, or a plan made for them.",
             )
 
     def extra_repr(self) -> str:
