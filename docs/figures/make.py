@@ -1,11 +1,14 @@
 """Make the figures of the docs' pages: `python docs/figures/make.py`. The same versions give the same bytes."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from seqpar_ref import make_plan
+from seqpar_ref import UlyssesBlock, make_plan
+from simulator import VirtualWorld
 from simulator.draw import Picture, draw_exchange
+from simulator.draw_runs import draw_timeline
 
 FOLDER = Path(__file__).parent
 
@@ -25,7 +28,29 @@ def exchange() -> Picture:
     )
 
 
-FIGURES = {"exchange.svg": exchange}
+def timeline(overlap: str, chunks: int, title: str) -> Picture:
+    """One block, forward and backward, on two ranks of a model of devices on PCIe."""
+    plan = make_plan(ranks=2, heads=16, tokens=1024)
+
+    def step() -> None:
+        torch.manual_seed(0)
+        block = UlyssesBlock(1024, 16, theta=None, plan=plan, overlap=overlap, chunks=chunks)
+        x = torch.randn(1, 512, 1024, requires_grad=True)
+        block(x, is_causal=True).sum().backward()
+
+    world = VirtualWorld(2, cluster="pcie-node")
+    world.run(step)
+    exposed = max(times.exposed for times in world.trace.by_rank())
+    title = f"{title}: {exposed * 1e6:.0f} of {world.trace.seconds * 1e6:.0f} µs wait for communication"
+    return draw_timeline([span[:5] for span in world.trace.spans], title)
+
+
+FIGURES = {
+    "exchange.svg": exchange,
+    "overlap_none.svg": partial(timeline, "none", 1, "no overlap"),
+    "overlap_projections.svg": partial(timeline, "projections", 1, "behind projections"),
+    "overlap_chunks.svg": partial(timeline, "chunks", 4, "in 4 chunks of heads"),
+}
 
 if __name__ == "__main__":
     for name, figure in FIGURES.items():
