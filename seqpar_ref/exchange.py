@@ -24,8 +24,8 @@ from .shapes import Layout, layout_of
 class Pending:
     """An exchange that was started: the result of one of the `start_...` functions.
 
-    The collective is issued, and the tensors that were given may be written to. Differentiable: the gradient's
-    exchange is started where `finish` stands, and finished where the start stands.
+    The collective is issued; the tensors that were given must not be written to before `finish`. Differentiable:
+    the gradient's exchange is started where `finish` stands, and finished where the start stands.
     """
 
     def __init__(self, flight: Flight) -> None:

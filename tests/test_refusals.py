@@ -26,7 +26,9 @@ from seqpar_ref import (
     position_ids_of,
     qkv_to_heads,
     sequence_to_heads,
+    start_sequence_to_heads,
 )
+from seqpar_ref.device import device_of_backend
 from tests.launch import on_gloo, on_virtual
 
 PLAN = make_plan(ranks=1, heads=6, kv_heads=2, tokens=5)
@@ -176,7 +178,16 @@ ROTARY: dict[str, Refusal] = {
     "no group for an exchange": (lambda: sequence_to_heads(X, PLAN), errors.GroupError, "init_process_group"),
 }
 
-ALONE = PLANS | ROTARY
+OTHERS: dict[str, Refusal] = {
+    "wire": (lambda: DistributedAttention(wire="fast"), errors.ArgumentError, "wire is 'fast'"),  # type: ignore[arg-type]
+    "wire no text": (lambda: DistributedAttention(wire=["fused"]), errors.ArgumentError, "wire is ['fused']"),  # type: ignore[arg-type]
+    "no devices": (
+        lambda: device_of_backend("nccl", 0, 2),
+        errors.NoAcceleratorError,
+        "nccl needs a device for each of the 2 ranks",
+    ),
+}
+ALONE = PLANS | ROTARY | OTHERS
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -204,6 +215,12 @@ def attend(
     query: Any = X, key: Any = KV, value: Any = KV, *args: Any, plan: Plan | None = None, **kwargs: Any
 ) -> Any:
     return DistributedAttention(plan=plan)(query, key, value, *args, **kwargs)
+
+
+def finished_twice() -> None:
+    pending = start_sequence_to_heads(X, PLAN)
+    pending.finish()
+    pending.finish()
 
 
 ON_ONE_RANK: dict[str, Refusal] = {
@@ -235,6 +252,12 @@ ON_ONE_RANK: dict[str, Refusal] = {
         lambda: attend(plan=make_plan(ranks=2, heads=6, kv_heads=2, tokens=10)),
         errors.GroupError,
         "1 ranks, the plan 2",
+    ),
+    "finished twice": (finished_twice, errors.OrderError, "finished already"),
+    "wire of a call": (
+        lambda: qkv_to_heads(X, KV, KV, PLAN, wire="any"),  # type: ignore[arg-type]
+        errors.ArgumentError,
+        "wire is 'any'",
     ),
     "unknown argument": (lambda: attend(window=3), errors.ArgumentError, "window"),
     "layout as an argument": (lambda: attend(layout="b h s d"), errors.ArgumentError, "layout"),
