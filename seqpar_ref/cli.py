@@ -48,12 +48,13 @@ def demo(
     from . import demo as demo_module
     from . import demo_processes
     from .errors import SeqparError
+    from .torchrun import started_processes
 
     console = Console(quiet=not first)
     code = 0
     try:
         if ranks is None:
-            ranks = demo_module.started_processes(otherwise=4)
+            ranks = started_processes(otherwise=4)
         options = demo_module.Options(ranks, tokens, backend, text, model, out)
         demo_module.check_options(options)
         if backend == "virtual":
@@ -65,6 +66,48 @@ def demo(
         if first:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+@app.command()
+def validate(
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks. [what torchrun started, else 4]", show_default=False)
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="virtual: ranks in this process. gloo, nccl: real processes, by torchrun or started here. "
+            "[virtual; under torchrun that of the devices]",
+            show_default=False,
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a missing rank is an error.")] = 30.0,
+    json: Annotated[
+        Path | None, typer.Option(help="Write what was found to this file, too.", show_default=False)
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only the cases with this in their name.")] = "",
+    times: Annotated[bool, typer.Option(help="Time the parts of a step.")] = True,
+) -> None:
+    """Does all of it hold here? Errors against one device, bytes against the plan, bits, times.
+
+    Exit code: 0 if everything passed on every rank, else 1.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print("importing torch ...", flush=True)
+    from rich.console import Console
+
+    from . import validate as validate_module
+    from .errors import SeqparError
+
+    try:
+        options = validate_module.Options(backend, ranks, timeout, json, only, times)
+        passed = validate_module.run(options, Console(quiet=not first))
+    except SeqparError as error:
+        passed, rank = False, os.environ.get("RANK")
+        prefix = "" if rank is None else f"rank {rank}: "
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr)
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from .demo_models import LanguageModel, read_smollm2, read_tiny, smollm2_file
 from .errors import ArgumentError, SeqparError
 from .plan import Plan, make_plan
 from .progress import Steps
+from .torchrun import started_processes
 
 POSITIONS = 8192  # that SmolLM2 was trained for; the tiny model keeps to them as well
 CHUNK = 512  # tokens whose logits are compared at a time: 100 MB of SmolLM2's
@@ -57,18 +58,6 @@ class Comparison:
     bitwise_equal: bool
     same_next_token: int  # tokens after which both find the same next token most likely
     right_next_token: int  # tokens after which that is the one in the text
-
-
-def started_processes(otherwise: int) -> int:
-    """How many processes torchrun started, or `otherwise` where it did not start this one.
-
-    Raises:
-        ArgumentError: the environment variable WORLD_SIZE is no number of processes.
-    """
-    found = os.environ.get("WORLD_SIZE", str(otherwise))
-    if not found.isdecimal():
-        raise ArgumentError(f"WORLD_SIZE is {found!r} in the environment.", "Unset it, or use torchrun.")
-    return int(found)
 
 
 def check_options(options: Options) -> None:

@@ -4,8 +4,6 @@ Rank 0 reads the model, the others receive its weights; then every rank does wha
 """
 
 import os
-import subprocess
-import sys
 from datetime import timedelta
 from typing import Any
 
@@ -24,13 +22,13 @@ from .demo import (
     read_on_one_device,
     read_own_part,
     report,
-    started_processes,
 )
 from .demo_models import LanguageModel, SmolLM2, Tiny
 from .device import device_of_backend, local_rank
 from .errors import ArgumentError, SeqparError
 from .progress import Steps
 from .sent import BytesSent
+from .torchrun import run_under_torchrun, started_processes
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -46,14 +44,11 @@ def run(options: Options, console: Console) -> int:
 
 def _launch(options: Options) -> int:
     """Start the same command under torchrun, on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(options.ranks), "-m", "seqpar_ref.cli", "demo"]
-    command += ["--ranks", str(options.ranks), "--tokens", str(options.tokens), "--backend", options.backend]
-    command += ["--model", options.model, "--out", str(options.out)]
+    arguments = ["demo", "--ranks", str(options.ranks), "--tokens", str(options.tokens)]
+    arguments += ["--backend", options.backend, "--model", options.model, "--out", str(options.out)]
     if options.text is not None:
-        command += ["--text", str(options.text)]
-    threads = str(max(1, (os.cpu_count() or 1) // options.ranks))
-    return subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}, check=False).returncode
+        arguments += ["--text", str(options.text)]
+    return run_under_torchrun(arguments, options.ranks)
 
 
 def _run_rank(options: Options, console: Console) -> None:

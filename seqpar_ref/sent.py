@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts the bytes that this rank sends to each rank while the mode is on.
+    """Counts the bytes that this rank sends to each rank of the world while the mode is on.
 
-    Only all_to_all_single is counted; `uncounted` names any other collective that ran.
+    Counted are all_to_all_single and all_gather_single, in which each rank sends its own tensor to every other
+    one; `uncounted` names any other collective that ran.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -22,15 +23,23 @@ class BytesSent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.c10d.alltoall_base_.default:
-            self._count(args[1], args[4])
+            _, tensor, group, _, splits, *_ = args
+            self._count(tensor, splits, _members(group))
+        elif func is torch.ops.c10d._allgather_base_.default:
+            _, tensor, group, *_ = args
+            members = _members(group)
+            self._count(tensor, [len(tensor)] * len(members), members)
         elif func.namespace == "c10d":
             self.uncounted.add(str(func))
         return func(*args, **(kwargs or {}))
 
-    def _count(self, tensor: Tensor, splits: list[int]) -> None:
-        ranks = len(self.by_receiver)
-        rows = np.asarray(splits or [len(tensor) // ranks] * ranks)
-        row_bytes = tensor[:1].numel() * tensor.element_size()
-        sent = rows * row_bytes
-        sent[dist.get_rank()] = 0
-        self.by_receiver += sent
+    def _count(self, tensor: Tensor, splits: list[int], members: list[int]) -> None:
+        rows = np.asarray(splits or [len(tensor) // len(members)] * len(members))
+        sent = rows * (tensor[:1].numel() * tensor.element_size())
+        sent[members.index(dist.get_rank())] = 0
+        self.by_receiver[members] += sent
+
+
+def _members(group: Any) -> list[int]:
+    """Ranks of the world, in the order of the group."""
+    return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))

@@ -1,0 +1,221 @@
+"""What `validate` checks: one attention, or one block, for each kind of sizes, dtype, layout and call.
+
+The sizes follow from the number of ranks, so that each case means on any number what its name says. Where that
+cannot be (one rank has nobody to be unequal to) it falls back to the plain case, which has to hold as well.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["attention", "block", "wire"]
+FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to check. The ranks of the world may form several groups, each with a sequence of its own.
+
+    Args:
+        name: says what is special about it.
+        kind: "attention": rotary (where asked for) and DistributedAttention, once plain and once in chunks.
+            "wire": the same, once with each wire form. "block": UlyssesBlock, once with each kind of overlap.
+        tokens: by rank of the world.
+        groups: world ranks of each group.
+        checkpoint: activation checkpointing of the whole call, None for none.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dtype: torch.dtype
+    groups: tuple[tuple[int, ...], ...]
+    kind: Kind = "attention"
+    layout: str = "b s h d"
+    batch: int = 2
+    head_dim: int = 8
+    value_dim: int = 8
+    width: int = 16
+    rotary: Literal["none", "half-split", "interleaved"] = "none"
+    bias: bool = False
+    causal: bool = True
+    planned: bool = True
+    checkpoint: Literal["reentrant", "non-reentrant"] | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.name}, {self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype in words."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def tokens_of(self, group: int) -> list[int]:
+        """Tokens of each rank of the group."""
+        return [self.tokens[rank] for rank in self.groups[group]]
+
+    def group_of(self, rank: int) -> int:
+        """Which group the rank of the world belongs to."""
+        return next(index for index, members in enumerate(self.groups) if rank in members)
+
+    def own_tokens(self, rank: int) -> slice:
+        """Which tokens of its group's sequence the rank of the world owns."""
+        members = self.groups[self.group_of(rank)]
+        first = sum(self.tokens[other] for other in members if other < rank)
+        return slice(first, first + self.tokens[rank])
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What one group works on, on the CPU and in the case's dtype.
+
+    Args:
+        inputs: `query`, `key` and `value` [batch, seq, heads, dim], or `x` [batch, seq, width].
+        weights: of the block's projections, by the names of its parameters. None for attention.
+        gradient: of the loss with respect to the output.
+    """
+
+    inputs: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    gradient: Tensor
+
+
+def sequence_of(case: Case, group: int) -> Sequence:
+    """The same numbers on every machine: small multiples of a power of two, which all dtypes hold."""
+    generator = torch.Generator().manual_seed(1000 * case.seed + group)
+    batch, tokens = case.batch, sum(case.tokens_of(group))
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        integers = torch.randint(-128, 129, shape, generator=generator)
+        return (integers.double() / 64 * scale).to(case.dtype)
+
+    if case.kind != "block":
+        sizes = {
+            "query": (case.heads, case.head_dim),
+            "key": (case.kv_heads, case.head_dim),
+            "value": (case.kv_heads, case.value_dim),
+        }
+        inputs = {name: draw(batch, tokens, *size) for name, size in sizes.items()}
+        return Sequence(inputs, {}, draw(batch, tokens, case.heads, case.value_dim))
+    rows = {"query": case.heads, "key": case.kv_heads, "value": case.kv_heads}
+    weights = {
+        f"{name}.weight": draw(heads * case.head_dim, case.width, scale=0.25) for name, heads in rows.items()
+    }
+    inner = case.heads * case.head_dim
+    weights["output.weight"] = draw(case.width, inner, scale=2.0 ** -(inner.bit_length() // 2))
+    if case.bias:
+        weights |= {f"{name}.bias": draw(heads * case.head_dim) for name, heads in rows.items()}
+        weights["output.bias"] = draw(case.width)
+    return Sequence({"x": draw(batch, tokens, case.width)}, weights, draw(batch, tokens, case.width))
+
+
+def cases_for(ranks: int) -> list[Case]:
+    """All cases, for so many ranks."""
+    cases = [*_attention(ranks), *_wire(ranks), *_block(ranks)]
+    return [replace(case, seed=seed) for seed, case in enumerate(cases)]
+
+
+def _attention(ranks: int) -> Iterator[Case]:
+    even, sizes = _plain(ranks), _sizes(ranks)
+    yield even
+    yield replace(even, name="sequence first", layout="s b h d", **sizes["uneven heads"])
+    yield replace(even, name="heads first", layout="b h s d", **sizes["uneven heads"])
+    yield replace(even, name="all tokens see all", causal=False)
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16):
+        yield replace(even, name="uneven heads", dtype=dtype, **sizes["uneven heads"])
+        yield replace(even, name="GQA", dtype=dtype, **sizes["GQA"])
+    yield replace(even, name="GQA, uneven", dtype=BFLOAT16, **sizes["GQA, uneven"])
+    yield replace(even, name="MQA", dtype=FLOAT32, **sizes["MQA"])
+    for dtype in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16):
+        yield replace(even, name="kv heads < ranks", dtype=dtype, **sizes["kv heads < ranks"])
+    yield replace(even, name="heads < ranks", dtype=FLOAT32, **sizes["heads < ranks"])
+    yield replace(even, name="unequal tokens", dtype=BFLOAT16, tokens=_unequal(ranks), **sizes["GQA, uneven"])
+    yield replace(even, name="a rank without tokens", tokens=_one_without(ranks), **sizes["kv heads < ranks"])
+    yield replace(even, name="value of another dim", value_dim=12, **sizes["GQA"])
+    yield replace(even, name="no plan", planned=False, tokens=_unequal(ranks), **sizes["uneven heads"])
+    yield replace(even, name="rotary, half-split", dtype=BFLOAT16, rotary="half-split", **sizes["GQA"])
+    yield replace(even, name="rotary, interleaved", rotary="interleaved", tokens=_unequal(ranks))
+    for name, groups in (("sub-groups, strided", _strided(ranks)), ("sub-groups, halves", _halves(ranks))):
+        yield replace(even, name=name, groups=groups, tokens=_unequal(ranks), **sizes["GQA, uneven"])
+    yield replace(even, name="checkpoint, reentrant", checkpoint="reentrant", **sizes["uneven heads"])
+    yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["uneven heads"])
+
+
+def _wire(ranks: int) -> Iterator[Case]:
+    plain, sizes = replace(_plain(ranks), kind="wire"), _sizes(ranks)
+    yield replace(plain, name="wire forms", dtype=FLOAT32)
+    yield replace(plain, name="wire forms, GQA", dtype=BFLOAT16, tokens=_unequal(ranks), **sizes["GQA"])
+
+
+def _block(ranks: int) -> Iterator[Case]:
+    even, sizes = replace(_plain(ranks), kind="block", rotary="half-split"), _sizes(ranks)
+    yield even
+    yield replace(even, name="sequence first", layout="s b h d", bias=True, **sizes["uneven heads"])
+    yield replace(even, name="heads first", layout="b h s d", **sizes["GQA"])
+    yield replace(even, name="no rotary", rotary="none", causal=False)
+    yield replace(even, name="uneven heads", dtype=FLOAT32, **sizes["uneven heads"])
+    yield replace(even, name="GQA, uneven", dtype=BFLOAT16, **sizes["GQA, uneven"])
+    yield replace(even, name="MQA", dtype=FLOAT16, **sizes["MQA"])
+    yield replace(even, name="kv heads < ranks", dtype=FLOAT32, **sizes["kv heads < ranks"])
+    yield replace(even, name="heads < ranks", **sizes["heads < ranks"])
+    yield replace(even, name="unequal tokens", dtype=FLOAT16, tokens=_unequal(ranks), **sizes["GQA, uneven"])
+    yield replace(even, name="a rank without tokens", tokens=_one_without(ranks), **sizes["kv heads < ranks"])
+    yield replace(even, name="no plan", planned=False, tokens=_unequal(ranks), **sizes["uneven heads"])
+    for name, groups in (("sub-groups, strided", _strided(ranks)), ("sub-groups, halves", _halves(ranks))):
+        yield replace(even, name=name, groups=groups, tokens=_unequal(ranks), **sizes["GQA, uneven"])
+    yield replace(even, name="checkpoint, reentrant", checkpoint="reentrant", **sizes["GQA"])
+    yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["GQA"])
+
+
+def _plain(ranks: int) -> Case:
+    """Everything divides by the ranks. Worlds of many ranks get less of everything on each."""
+    few = ranks <= 16
+    return Case(
+        name="even heads",
+        tokens=(4 if few else 2,) * ranks,
+        heads=2 * ranks if few else ranks,
+        kv_heads=2 * ranks if few else ranks,
+        dtype=FLOAT64,
+        groups=(tuple(range(ranks)),),
+    )
+
+
+def _sizes(ranks: int) -> dict[str, dict[str, Any]]:
+    """Query heads and kv heads, by what is special about them."""
+    kv_few = (ranks + 1) // 2
+    return {
+        "uneven heads": _heads(2 * ranks + 1 if ranks <= 16 else ranks + 1),
+        "GQA": _heads(2 * ranks, ranks),
+        "GQA, uneven": _heads(2 * (ranks + 1), ranks + 1),
+        "MQA": _heads(ranks + 1, 1),
+        "kv heads < ranks": _heads(3 * kv_few, kv_few),
+        "heads < ranks": _heads(max(1, ranks // 2)),
+    }
+
+
+def _heads(heads: int, kv_heads: int | None = None) -> dict[str, Any]:
+    return {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads}
+
+
+def _unequal(ranks: int) -> tuple[int, ...]:
+    return tuple(2 + (3 * rank + 1) % 4 for rank in range(ranks))
+
+
+def _one_without(ranks: int) -> tuple[int, ...]:
+    return tuple(0 if ranks > 1 and rank == ranks // 2 else 3 + rank % 2 for rank in range(ranks))
+
+
+def _strided(ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Every other rank: those of even number, those of odd number."""
+    return tuple(tuple(range(first, ranks, 2)) for first in range(min(2, ranks)))
+
+
+def _halves(ranks: int) -> tuple[tuple[int, ...], ...]:
+    """The lower and the upper half of the ranks."""
+    half = (ranks + 1) // 2
+    return tuple(part for part in (tuple(range(half)), tuple(range(half, ranks))) if part)

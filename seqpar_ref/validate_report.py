@@ -1,0 +1,179 @@
+"""What `validate` found, as tables for people and as JSON for machines."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .errors import ArgumentError
+from .validate_judge import Errors, Row
+from .validate_times import Sizes, Time
+
+WIDTH = 120
+
+
+@dataclass
+class Report:
+    """Filled while the command runs; what is there can be written at any time.
+
+    Args:
+        expected: how many cases there are to be.
+        error: why the command came to no end; None if it did.
+    """
+
+    environment: dict[str, Any]
+    expected: int
+    rows: list[Row] = field(default_factory=list)
+    sizes: Sizes | None = None
+    times: list[Time] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Every case ran and passed."""
+        complete = len(self.rows) == self.expected and self.error is None
+        return complete and all(row.passed for row in self.rows)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON. Its fields are described in docs/real_ranks.md.
+
+        Raises:
+            ArgumentError: the file cannot be written.
+        """
+        fields = {
+            "passed": self.passed,
+            "error": self.error,
+            "seconds": self.seconds,
+            "environment": self.environment,
+            "cases_expected": self.expected,
+            "cases": [_row_fields(row) for row in self.rows],
+            "times_of": None if self.sizes is None else str(self.sizes),
+            "times": [_time_fields(time) for time in self.times],
+        }
+        try:
+            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"cannot write {path}: {error}.", "Name another file with --json.") from error
+
+    def show_environment(self, console: Console) -> None:
+        """Print the block for reports of defects."""
+        for name, value in self.environment.items():
+            console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True, markup=False)
+
+    def show_cases(self, console: Console) -> None:
+        """Print the table, and below it what does not hold."""
+        _print_wide(console, _case_table(self.rows))
+        for row in self.rows:
+            for problem in row.problems:
+                console.print(f"FAILED {row.case}: {problem}", highlight=False, soft_wrap=True, markup=False)
+        passed = sum(row.passed for row in self.rows)
+        console.print(f"{passed} of {self.expected} cases passed.", highlight=False)
+
+    def show_times(self, console: Console) -> None:
+        """Print the timing table."""
+        _print_wide(console, _time_table(self.times, self.sizes))
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    """All columns whole: a narrower terminal folds the lines itself."""
+    console.width = max(WIDTH, console.width)
+    console.print(table)
+
+
+def _case_table(rows: list[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("case", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    for name in ("output\ndevice", "error\nfloat64", "gradient\ndevice", "error\nfloat64", "bytes\nsent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("as\nplanned", "same\nbits", "virtual\nbits", ""):
+        table.add_column(name, no_wrap=True)
+    kind = None
+    for row in rows:
+        if row.case.kind != kind:
+            kind = row.case.kind
+            table.add_row(f"{kind}: {', '.join(row.variants)}", style="bold")
+        table.add_row(
+            f"  {row.case.name}",
+            row.case.dtype_name,
+            *_errors(row.forward),
+            *_errors(row.gradient),
+            f"{row.bytes_sent:,}",
+            _word(row.bytes_equal),
+            _word(row.variant_bits),
+            _word(row.virtual_bits),
+            "pass" if row.passed else "FAIL",
+        )
+    return table
+
+
+def _errors(errors: Errors) -> tuple[str, str]:
+    mark = "" if errors.small else "!"
+    device, float64 = (f"{error:.1e}" if error else "0" for error in (errors.device, errors.float64))
+    return mark + device, mark + float64
+
+
+def _word(holds: bool | None) -> str:
+    return {None: "-", True: "yes", False: "NO"}[holds]
+
+
+def _time_table(times: list[Time], sizes: Sizes | None) -> Table:
+    table = Table(title=str(sizes), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("part", no_wrap=True)
+    for name in ("ms", "GB/s", "hidden", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for time in times:
+        bandwidth, hidden, bound = time.gigabytes_per_second, time.hidden, time.bound
+        table.add_row(
+            time.part,
+            f"{1000 * time.seconds:.2f}",
+            "" if bandwidth is None else f"{bandwidth:.2f}",
+            "" if hidden is None else f"{hidden:.0%}",
+            "" if bound is None else f"{bound:.0%}",
+        )
+    return table
+
+
+def _row_fields(row: Row) -> dict[str, Any]:
+    case = row.case
+    return {
+        "name": case.name,
+        "kind": case.kind,
+        "dtype": row.case.dtype_name,
+        "layout": case.layout,
+        "tokens": list(case.tokens),
+        "heads": case.heads,
+        "kv_heads": case.kv_heads,
+        "groups": [list(members) for members in case.groups],
+        "output": _error_fields(row.forward),
+        "gradient": _error_fields(row.gradient),
+        "bytes_sent": row.bytes_sent,
+        "bytes_planned": row.bytes_planned,
+        "bytes_equal": row.bytes_equal,
+        "variants": list(row.variants),
+        "variant_bits": row.variant_bits,
+        "virtual_bits": row.virtual_bits,
+        "passed": row.passed,
+        "problems": list(row.problems),
+    }
+
+
+def _error_fields(errors: Errors) -> dict[str, float | None]:
+    values = {"device": errors.device, "float64": errors.float64, "tolerance": errors.tolerance}
+    return {name: value if value < float("inf") else None for name, value in values.items()}
+
+
+def _time_fields(time: Time) -> dict[str, Any]:
+    return {
+        "part": time.part,
+        "seconds": time.seconds,
+        "bytes_sent": time.bytes_sent,
+        "gigabytes_per_second": time.gigabytes_per_second,
+        "hidden": time.hidden,
+        "bound": time.bound,
+    }
