@@ -17,6 +17,7 @@ from .agreement import Record, agree
 from .attention import DistributedAttention
 from .checks import DTYPES, integers, no_type_check
 from .errors import ArgumentError, PlanError, ShapeError, TensorError
+from .flight import outside_graphs
 from .group import GroupLike, check_size, group_of
 from .late_weight import LateLinear
 from .overlap import behind_projections, check_chunks, in_chunks
@@ -100,6 +101,7 @@ class UlyssesBlock(nn.Module):
         self.value = linear(width, kv_heads * head_dim)
         self.output = linear(heads * head_dim, width)
 
+    @outside_graphs
     def forward(
         self,
         x: Float[Tensor, "_ _ width"],
