@@ -6,6 +6,7 @@ Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,22 @@ from torch import Tensor
 from .errors import NoAcceleratorError
 
 
-def current_stream() -> torch.Stream | None:
-    """The stream that the next operation of this rank goes to; None where there is no accelerator."""
+def current_stream() -> Any:
+    """The torch.Stream that the next operation of this rank goes to; None where there is no accelerator."""
     try:
         return torch.accelerator.current_stream()
     except RuntimeError:  # there is none; virtual ranks have streams on any machine
         return None
 
 
-def wait_for_event(event: torch.Event) -> None:
-    """The current stream waits for the event. Nothing to do where there is no accelerator."""
+def wait_for_event(event: Any) -> None:
+    """The current stream waits for a torch.Event. Nothing to do where there is no accelerator."""
     if current_stream() is not None:
         event.wait()
 
 
-def wait_for_stream(stream: torch.Stream) -> None:
-    """The current stream waits for all that the other one has been given so far.
+def wait_for_stream(stream: Any) -> None:
+    """The current stream waits for all that another torch.Stream has been given so far.
 
     Nothing to do where there is no accelerator, or for a stand-in that cannot record an event.
     """
