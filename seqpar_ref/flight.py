@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import OrderError
 from .group import Group, Work
 from .routes import Route
+from .wire import Received
 
 Eager = TypeVar("Eager", bound=Callable[..., Any])
 
@@ -46,13 +47,13 @@ class Flight:
         self.group, self.route = group, route
         self._tokens: dict[int, Tensor] = {}  # of stages that are started and not finished
         self._works: dict[int, tuple[Work | None, Tensor]] = {}
-        self._buffers: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._received: dict[int, Received] = {}
         self._issued: set[int] = set()
         self._gradients: Flight | None = None
 
     @outside_graphs
     def start(self, *tensors: Tensor, stage: int = 0) -> None:
-        """Pack the tensors, and issue their collective; the tensors may be written to afterwards.
+        """Pack the tensors, and issue their collective. They must not be written to before `finish`.
 
         Raises:
             OrderError: they were started before.
@@ -83,13 +84,19 @@ class Flight:
     def issue(self, stage: int, tensors: tuple[Tensor, ...], async_op: bool = True) -> None:
         """`start` of one stage, without autograd."""
         outgoing, place = self.route.outgoing_at(stage)
-        sent = outgoing.pack(tensors, place)
         incoming, place_there = self.route.incoming_at(stage)
-        if id(incoming) not in self._buffers:
-            self._buffers[id(incoming)] = incoming.new_buffer(sent.dtype)
-        _, chunks = self._buffers[id(incoming)]
+        sent = outgoing.pack(tensors, place)
+        received = self._received.get(id(incoming))
+        if received is None:
+            received = self._received[id(incoming)] = incoming.new_buffer(sent.dtype)
         splits = incoming.splits[place_there], outgoing.splits[place]
-        work = self.group.all_to_all_single(chunks[place_there], sent, *splits, async_op)
+        keeps = outgoing.kept is not None
+        target = incoming.chunks_of(received, place_there)
+        work = self.group.all_to_all_single(target, sent, *splits, async_op or keeps)
+        if keeps:
+            own = incoming.own_pieces(received.tensors, place_there)
+            for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):
+                piece.copy_(source)
         self._works[stage] = work, sent
         self._issued.add(stage)
 
@@ -100,8 +107,7 @@ class Flight:
             if work is not None:
                 work.wait()
         incoming, _ = self.route.incoming_at(stages[0])
-        buffer, _ = self._buffers.pop(id(incoming))
-        return incoming.unpack(buffer)
+        return incoming.unpack(self._received.pop(id(incoming)))
 
     def gradients(self, stages: tuple[int, ...], again: bool) -> "Flight":
         """The exchange of the gradients, one for each backward pass: `again` begins a new pass where due.

@@ -163,7 +163,13 @@ def _route(
                     window = (layout.heads, sent.start - held.start, sent.stop - held.start)
             own_heads = layout.shape(batch, plan.tokens, len(held), dim)
             by_tokens[chunk].append(Part(own_heads, plan.token_runs, window))
-    return Route(
-        (Cut(layout.heads, tuple(by_heads), device, chunks),),
-        tuple(Cut(layout.sequence, tuple(parts), device) for parts in by_tokens),
-    )
+
+    def cuts(kept: int | None) -> Route:
+        return Route(
+            (Cut(layout.heads, tuple(by_heads), device, chunks, kept),),
+            tuple(Cut(layout.sequence, tuple(parts), device, kept=kept) for parts in by_tokens),
+        )
+
+    route = cuts(None)
+    may_keep = all(cut.may_keep(rank) for cut in (*route.outgoing, *route.incoming))
+    return cuts(rank) if may_keep else route

@@ -22,6 +22,9 @@ There are three ways to do it, tried in this order. Each writes the payload at m
 2. chunks of one size, from places at equal distances: one strided copy;
 3. ragged chunks: one copy row by row, to or from positions worked out beforehand. A row is the vector of one
    token and one head (where the head dims of q and v differ, their greatest common divisor).
+
+What a rank keeps need not pass through the buffers. With the first two ways a cut may leave out the chunk of
+its own rank; `keep` copies it from tensor to tensor, while the others' chunks travel.
 """
 
 import itertools
@@ -71,6 +74,34 @@ class Part:
         return tensor.narrow(dim, first, end - first)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Pieces of one size that stand at equal distances, in a tensor and in a buffer.
+
+    Args:
+        shape: [pieces, one piece].
+        first, step: where the pieces begin along the dim of the cut.
+        place, strides: of the pieces in the buffer.
+    """
+
+    shape: tuple[int, ...]
+    first: int
+    step: int
+    place: int
+    strides: tuple[int, ...]
+
+    def in_tensor(self, tensor: Float[Tensor, "_ _ _ _"], dim: int) -> Float[Tensor, "pieces _ _ _ _"]:
+        """The pieces as a view of the tensor."""
+        strides = tensor.stride()
+        stride = strides[dim]
+        begin = tensor.storage_offset() + self.first * stride
+        return tensor.as_strided(self.shape, (self.step * stride, *strides), begin)
+
+    def in_buffer(self, buffer: Float[Tensor, " size"], begin: int = 0) -> Float[Tensor, "pieces _ _ _ _"]:
+        """The pieces as a view of the buffer, of which everything before `begin` is missing."""
+        return buffer.as_strided(self.shape, self.strides, self.place - begin)
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
     """Where each row of a tensor, and each copy of it, stands in the pieces of a buffer.
@@ -96,17 +127,28 @@ class Places:
 class Cut:
     """Tensors divided along `dim` into one chunk for each rank, in each of the stages.
 
-    `splits[stage]` are the elements of each rank's chunk, `sizes[stage]` those of all.
+    `splits[stage]` are the elements of each rank's chunk, `sizes[stage]` those of all. The chunk of the rank
+    `kept` is left out of the buffers: see `may_keep`.
     """
 
-    def __init__(self, dim: int, parts: tuple[Part, ...], device: torch.device, stages: int = 1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        parts: tuple[Part, ...],
+        device: torch.device,
+        stages: int = 1,
+        kept: int | None = None,
+    ) -> None:
         self.dim = dim
         self.parts = parts
         self.device = device
         self.stages = stages
+        self.kept = kept
         pieces = np.stack(
             [part.runs.counts.reshape(-1, stages).T * self._across(part) for part in parts]
         )  # [part, stage, rank]
+        if kept is not None:
+            pieces[:, :, kept] = 0
         chunks = pieces.sum(axis=0)
         begins = np.cumsum(chunks).reshape(chunks.shape) - chunks
         self.starts = begins + (np.cumsum(pieces, axis=0) - pieces)
@@ -117,49 +159,71 @@ class Cut:
         self.in_order = stages == len(parts) == 1 and self._is_in_order(parts[0])
         by_stage = {part.runs: part.runs.every(stages) for part in parts}
         self.runs = [by_stage[part.runs] for part in parts]
-        self.steps = [[runs[stage].step for runs in self.runs] for stage in range(stages)]
+        self.blocks = [self._blocks(stage) for stage in range(stages)]
         once = all(part.runs.in_order and part.window is None for part in parts)
-        self.strided = once and all(None not in steps for steps in self.steps)
+        self.strided = once and None not in self.blocks
         self._known_places: dict[Any, Places] = {}
+
+    def may_keep(self, rank: int) -> bool:
+        """Whether the chunk of this rank can be left out.
+
+        It can where chunks have one size. Where memory and buffer are the same, the others' chunks have to be
+        one piece of it, so the rank must be the first or the last one.
+        """
+        ends = (0, len(self.splits[0]) - 1)
+        return self.strided and (rank in ends or not self.in_order)
 
     def pack(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...], stage: int = 0) -> Float[Tensor, " size"]:
         """The buffer to send in that stage."""
         if self.in_order:
-            return tensors[0].contiguous().view(-1)
+            return self._without_kept(tensors[0].contiguous())
         buffer = tensors[0].new_empty(self.sizes[stage])
-        travelling = [part.narrow(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
-        if None not in self.steps[stage]:
-            for part, tensor in enumerate(travelling):
-                self._pieces(buffer, part, stage, self.begins[stage]).copy_(
-                    self._by_rank(tensor, part, stage)
-                )
+        begin = self.begins[stage]
+        blocks = self.blocks[stage]
+        if blocks is not None:
+            for part, block in blocks:
+                tensor = self.parts[part].narrow(tensors[part])
+                block.in_buffer(buffer, begin).copy_(block.in_tensor(tensor, self.dim))
         else:
             rows = [
                 stretch
-                for runs, tensor in zip(self.runs, travelling, strict=True)
-                for stretch in self._in_stretches(runs[stage], tensor.unflatten(-1, (-1, self.row)))
+                for part, runs, tensor in zip(self.parts, self.runs, tensors, strict=True)
+                for stretch in self._in_stretches(
+                    runs[stage], part.narrow(tensor).unflatten(-1, (-1, self.row))
+                )
             ]
             write_rows(buffer.view(-1, self.row), self._written[stage], rows)
         return buffer
 
-    def new_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Float[Tensor, " size"]]]:
-        """An empty tensor for `unpack`, and the flat view of it that is to receive each stage's chunks."""
-        if self.in_order:
-            buffer = torch.empty(self.parts[0].shape, dtype=dtype, device=self.device)
-            return buffer, [buffer.view(-1)]
-        buffer = torch.empty(sum(self.sizes) + self.row, dtype=dtype, device=self.device)
-        stages = zip(self.begins, self.sizes, strict=True)
-        return buffer, [buffer[begin : begin + size] for begin, size in stages]
+    def new_buffer(self, dtype: torch.dtype) -> "Received":
+        """Memory for what is to come."""
+        if self.in_order or self.strided:
+            tensors = tuple(torch.empty(part.shape, dtype=dtype, device=self.device) for part in self.parts)
+            if self.in_order:
+                return Received(tensors, self._without_kept(tensors[0]))
+            return Received(tensors, torch.empty(sum(self.sizes), dtype=dtype, device=self.device))
+        return Received((), torch.empty(sum(self.sizes) + self.row, dtype=dtype, device=self.device))
 
-    def unpack(self, buffer: Float[Tensor, "..."]) -> tuple[Float[Tensor, "_ _ _ _"], ...]:
+    def chunks_of(self, received: "Received", stage: int) -> Float[Tensor, " size"]:
+        """The part of the buffer that receives the chunks of that stage."""
+        if self.stages == 1 and received.tensors:
+            return received.buffer
+        return received.buffer.narrow(0, self.begins[stage], self.sizes[stage])
+
+    def own_pieces(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
+        """What of each tensor stays on the rank `kept` in that stage, as views."""
+        own = self._own_runs[stage]
+        return [tensor.narrow(self.dim, *run) for tensor, run in zip(tensors, own, strict=True)]
+
+    def unpack(self, received: "Received") -> tuple[Float[Tensor, "_ _ _ _"], ...]:
         """The tensors whose chunks the buffer received. The copies of one head are summed in rank order."""
+        tensors, buffer = received.tensors, received.buffer
         if self.in_order:
-            return (buffer,)
+            return tensors
         if self.strided:
-            tensors = tuple(buffer.new_empty(part.shape) for part in self.parts)
-            for part, tensor in enumerate(tensors):
-                for stage in range(self.stages):
-                    self._by_rank(tensor, part, stage).copy_(self._pieces(buffer, part, stage))
+            for blocks in self.blocks:
+                for part, block in blocks or ():
+                    block.in_tensor(tensors[part], self.dim).copy_(block.in_buffer(buffer))
             return tensors
         rows = buffer.view(-1, self.row)
         return tuple(self._read_rows(rows, *read) for read in zip(self.parts, self._read, strict=True))
@@ -184,27 +248,41 @@ class Cut:
         alone = len(part.runs.counts) == 1 or math.prod(part.shape[: self.dim]) == 1
         return alone and part.runs.in_order and part.window is None
 
-    def _by_rank(
-        self, tensor: Float[Tensor, "_ _ _ _"], part: int, stage: int
-    ) -> Float[Tensor, "ranks _ _ _ _"]:
-        """For runs at equal distances: the tensor as a view with one piece for each rank."""
-        runs, step = self.runs[part][stage], self.steps[stage][part]
-        shape, strides = list(tensor.shape), tensor.stride()
-        shape[self.dim] = int(runs.counts[0])
-        begin = tensor.storage_offset() + int(runs.first[0]) * strides[self.dim]
-        return tensor.as_strided(
-            (len(runs.counts), *shape), ((step or 0) * strides[self.dim], *strides), begin
-        )
+    def _without_kept(self, tensor: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, " size"]:
+        """The memory of a tensor that is the buffer as well, without the chunk that stays."""
+        (size,) = self.sizes
+        begin = tensor.numel() - size if self.kept == 0 else 0
+        return tensor.as_strided((size,), (1,), tensor.storage_offset() + begin)
 
-    def _pieces(
-        self, buffer: Float[Tensor, " buffer"], part: int, stage: int, begin: int = 0
-    ) -> Float[Tensor, "ranks _ _ _ _"]:
-        """For chunks of one size: every rank's piece of one tensor, as a view of the buffer."""
-        runs, shape = self.runs[part][stage], self.parts[part].travelling
-        shape[self.dim] = int(runs.counts[0])
-        _, b, c, d = shape
-        steps = (self.splits[stage][0], b * c * d, c * d, d, 1)
-        return buffer.as_strided((len(runs.counts), *shape), steps, int(self.starts[part, stage, 0]) - begin)
+    @cached_property
+    def _own_runs(self) -> list[list[tuple[int, int]]]:
+        """For each stage and part: first index and count of what the rank `kept` keeps."""
+        first_and_count = [
+            [(int(runs.first[self.kept]), int(runs.counts[self.kept])) for runs in stages]
+            for stages in self.runs
+        ]
+        return [list(parts) for parts in zip(*first_and_count, strict=True)]
+
+    def _blocks(self, stage: int) -> list[tuple[int, Block]] | None:
+        """The pieces that travel, with their parts: all ranks', or those before and those behind the one kept.
+
+        None where pieces have several sizes, or stand at several distances.
+        """
+        ranks = len(self.splits[stage])
+        stretches = [(0, ranks)] if self.kept is None else [(0, self.kept), (self.kept + 1, ranks)]
+        blocks = []
+        for part, (first, end) in itertools.product(range(len(self.parts)), stretches):
+            runs, shape = self.runs[part][stage], self.parts[part].travelling
+            if runs.step is None:
+                return None
+            if first == end:
+                continue
+            shape[self.dim] = int(runs.counts[0])
+            strides = (max(self.splits[stage]), *_strides(shape))
+            place = int(self.starts[part, stage, first])
+            block = Block((end - first, *shape), int(runs.first[first]), runs.step, place, strides)
+            blocks.append((part, block))
+        return blocks
 
     def _in_stretches(self, runs: Runs, tensor: Tensor) -> list[Tensor]:
         """The tensor, or its positions, in the pieces that equally many ranks hold."""
@@ -255,6 +333,14 @@ class Cut:
         return self._known_places[key]
 
 
+@dataclass(frozen=True, eq=False)
+class Received:
+    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they can be made at once."""
+
+    tensors: tuple[Tensor, ...]
+    buffer: Float[Tensor, " size"]
+
+
 def _places_of(part: Part, runs: Runs, dim: int, row: int) -> Places:
     """The place in a piece follows from Horner's rule over the dims of the tensor."""
     holders = _along(runs.holders, dim)
@@ -272,6 +358,12 @@ def _places_of(part: Part, runs: Runs, dim: int, row: int) -> Places:
         else:
             place = place * size + index
     return Places(holder, place, present)
+
+
+def _strides(shape: list[int]) -> tuple[int, int, int, int]:
+    """Strides of a piece that lies in one stretch."""
+    _, b, c, d = shape
+    return b * c * d, c * d, d, 1
 
 
 def _along(numbers: np.ndarray, dim: int) -> np.ndarray:
