@@ -47,6 +47,7 @@ from .checks import no_type_check
 from .errors import ArgumentError, SeqparError
 from .group import GroupLike, group_of
 from .huggingface_refusals import MaskMarker, check_call, check_mask, first_position, not_global
+from .overlap import ChunkedAttention, check_chunks
 from .plan import Plan
 
 
@@ -55,7 +56,9 @@ class TransformersMissingError(SeqparError, ImportError):
 
 
 @no_type_check
-def register(group: GroupLike = None, plan: Plan | None = None, *, name: str = "seqpar") -> None:
+def register(
+    group: GroupLike = None, plan: Plan | None = None, *, chunks: int = 1, name: str = "seqpar"
+) -> None:
     """Make `attn_implementation=name` mean sequence-parallel attention in every transformers model.
 
     Without a plan each attention call first exchanges the ranks' positions, two integers (16 bytes) to each
@@ -65,11 +68,13 @@ def register(group: GroupLike = None, plan: Plan | None = None, *, name: str = "
     Args:
         group: the ranks that share the sequence; None for all of them.
         plan: who owns which tokens and heads; with it, models of other head counts are refused.
+        chunks: heads travel in that many chunks, behind the attention of other chunks (see `overlap.py`).
         name: the name to register. A second call with the same name replaces the first.
 
     Raises:
         TransformersMissingError: transformers is not installed.
         ArgumentError: the name is no string, is empty, or is one of transformers' own; no plan.
+        PlanError: `chunks` is no integer of at least 1.
         GroupError: the group is neither a process group nor a device mesh.
     """
     try:
@@ -85,17 +90,21 @@ def register(group: GroupLike = None, plan: Plan | None = None, *, name: str = "
         raise ArgumentError(
             f"{name!r} is a name of transformers' own attention.", 'Use another, such as "seqpar".'
         )
-    AttentionInterface.register(name, _RegisteredAttention(group, plan))
+    AttentionInterface.register(name, _RegisteredAttention(group, plan, chunks))
     AttentionMaskInterface.register(name, check_mask)
 
 
 class _RegisteredAttention:
     """The function that transformers calls in every layer; it keeps nothing between calls."""
 
-    def __init__(self, group: GroupLike, plan: Plan | None) -> None:
+    def __init__(self, group: GroupLike, plan: Plan | None, chunks: int) -> None:
         self.group = group
         self.plan = plan
-        self.attention = DistributedAttention(group=group, layout="b h s d", plan=plan)
+        self.attention = (
+            DistributedAttention(group=group, layout="b h s d", plan=plan)
+            if check_chunks(chunks) == 1
+            else ChunkedAttention(group=group, layout="b h s d", plan=plan, chunks=chunks)
+        )
 
     @no_type_check
     def __call__(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar_ref import make_plan
-from seqpar_ref.errors import ArgumentError, GroupError
+from seqpar_ref.errors import ArgumentError, GroupError, PlanError
 from simulator import VirtualWorld
 from tests.launch import on_gloo, on_virtual
 
@@ -48,14 +48,16 @@ def shard(tensor: Tensor, tokens: list[int]) -> Tensor:
     return tensor[..., start : start + tokens[dist.get_rank()]]
 
 
-def train_step(model: torch.nn.Module, tokens: list[int], planned: bool) -> tuple[Tensor, list[Tensor]]:
+def train_step(
+    model: torch.nn.Module, tokens: list[int], planned: bool, chunks: int = 1
+) -> tuple[Tensor, list[Tensor]]:
     """One rank's logits, and its part of every parameter's gradient of the sum of all targets' losses."""
     model = copy.deepcopy(model)
     ids = token_ids(tokens=sum(tokens))
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     plan = make_plan(ranks=len(tokens), heads=heads, kv_heads=kv_heads, tokens=tokens) if planned else None
-    hf.register(plan=plan)
+    hf.register(plan=plan, chunks=chunks)
     model.set_attn_implementation("seqpar")
     positions = torch.arange(sum(tokens))[None]
     logits = model(shard(ids, tokens), position_ids=shard(positions, tokens), use_cache=False).logits
@@ -96,6 +98,15 @@ def test_training_equals_one_device_on_gloo(planned):
     model = tiny_llama(5, 1)
     results = on_gloo(train_step, 2, model, [4, 5], planned)
     assert_equals_one_device(results, model, [4, 5])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (8, 8)])
+def test_heads_in_chunks_give_the_same_bits(heads, kv_heads):
+    model = tiny_llama(heads, kv_heads)
+    plain, chunked = (on_virtual(train_step, 2, model, [4, 5], True, chunks) for chunks in (1, 2))
+    for (logits, gradients), (others, other_gradients) in zip(plain, chunked, strict=True):
+        assert torch.equal(logits, others)
+        assert all(torch.equal(one, two) for one, two in zip(gradients, other_gradients, strict=True))
 
 
 def test_one_swapped_head_is_outside_the_tolerance():
@@ -295,6 +306,8 @@ def test_a_model_that_computes_attention_by_itself_is_refused(name, tokens):
 def test_registering_something_that_is_no_group_is_refused_at_once():
     with pytest.raises(GroupError, match="group is a str"):
         hf.register(group="x")
+    with pytest.raises(PlanError, match="0 chunks"):
+        hf.register(chunks=0)
 
 
 def tiny_gemma(**options) -> transformers.Gemma3ForCausalLM:

@@ -19,7 +19,7 @@ from seqpar_ref.errors import (
     UnsupportedError,
 )
 from seqpar_ref.late_weight import LateLinear
-from seqpar_ref.local_attention import fused_attention
+from seqpar_ref.local_attention import fused_attention, plain_attention
 from simulator import VirtualWorld
 from simulator.errors import HazardError
 from tests.launch import on_gloo, on_virtual
@@ -279,6 +279,23 @@ def test_a_local_attention_that_ignores_what_it_gets(launch: Any) -> None:
     """Every rank runs every backward collective all the same, ranks without a chunk included."""
     case = Case.make([3, 0, 2, 4], heads=5, kv_heads=5)
     assert same(launch(values_only, 4, case, 0), launch(values_only, 4, case, 2))
+
+
+def test_second_derivatives_in_chunks_through_the_joint_world() -> None:
+    """The backward pass is judged by finite differences, and so is the backward pass of the backward pass."""
+    plan = Plan(tokens_by_rank=(2, 0, 1), heads_by_rank=(3, 0, 1), kv_heads=4)
+    inputs = [torch.randn(1, 3, 4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def ranks(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def body(*inputs: Tensor) -> Tensor:
+            run = plan.tokens_of(dist.get_rank())
+            shards = (x[:, run.start : run.stop] for x in inputs)
+            return ChunkedAttention(plain_attention, chunks=2, plan=plan)(*shards, is_causal=True)
+
+        return tuple(on_virtual(body, 3, *inputs, autograd="joint"))
+
+    assert torch.autograd.gradcheck(ranks, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ranks, inputs, fast_mode=True)
 
 
 def behind_frozen(overlap: str) -> list[Tensor | None]:
