@@ -278,6 +278,9 @@ def _attend(
 
     everywhere = min(plan.heads_by_rank) > 0
     (own,) = own_heads(plan, group.rank)
+    if not own.query:  # an empty result has the value's shape; in cross attention it must be the query's
+        total = value.sum(dim=attend.layout.sequence, keepdim=True)
+        value = total.expand(*query.shape[:3], value.shape[3])
     context = replace(attend, local=local, free=everywhere)(query, key, value, own)
     if everywhere:
         return context, merged[0]

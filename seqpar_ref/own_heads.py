@@ -89,7 +89,7 @@ class OwnAttention:
         key: Float[Tensor, "_ _ _ dim"],
         value: Float[Tensor, "_ _ _ value_dim"],
         own: OwnHeads,
-    ) -> Float[Tensor, "_ _ _ value_dim"]:
+    ) -> Float[Tensor, "_ _ _ result_dim"]:
         """Attention of these heads, in the layout.
 
         Raises:
