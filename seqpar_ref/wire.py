@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from .rows import sum_rows, write_rows
@@ -90,14 +90,14 @@ class Block:
     place: int
     strides: tuple[int, ...]
 
-    def in_tensor(self, tensor: Float[Tensor, "_ _ _ _"], dim: int) -> Float[Tensor, "pieces _ _ _ _"]:
+    def in_tensor(self, tensor: Shaped[Tensor, "_ _ _ _"], dim: int) -> Shaped[Tensor, "pieces _ _ _ _"]:
         """The pieces as a view of the tensor."""
         strides = tensor.stride()
         stride = strides[dim]
         begin = tensor.storage_offset() + self.first * stride
         return tensor.as_strided(self.shape, (self.step * stride, *strides), begin)
 
-    def in_buffer(self, buffer: Float[Tensor, " size"], begin: int = 0) -> Float[Tensor, "pieces _ _ _ _"]:
+    def in_buffer(self, buffer: Shaped[Tensor, " size"], begin: int = 0) -> Shaped[Tensor, "pieces _ _ _ _"]:
         """The pieces as a view of the buffer, of which everything before `begin` is missing."""
         return buffer.as_strided(self.shape, self.strides, self.place - begin)
 
@@ -173,7 +173,7 @@ class Cut:
         ends = (0, len(self.splits[0]) - 1)
         return self.strided and (rank in ends or not self.in_order)
 
-    def pack(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...], stage: int = 0) -> Float[Tensor, " size"]:
+    def pack(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int = 0) -> Shaped[Tensor, " size"]:
         """The buffer to send in that stage."""
         if self.in_order:
             return self._without_kept(tensors[0].contiguous())
@@ -204,18 +204,18 @@ class Cut:
             return Received(tensors, torch.empty(sum(self.sizes), dtype=dtype, device=self.device))
         return Received((), torch.empty(sum(self.sizes) + self.row, dtype=dtype, device=self.device))
 
-    def chunks_of(self, received: "Received", stage: int) -> Float[Tensor, " size"]:
+    def chunks_of(self, received: "Received", stage: int) -> Shaped[Tensor, " size"]:
         """The part of the buffer that receives the chunks of that stage."""
         if self.stages == 1 and received.tensors:
             return received.buffer
         return received.buffer.narrow(0, self.begins[stage], self.sizes[stage])
 
-    def own_pieces(self, tensors: tuple[Float[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
+    def own_pieces(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
         """What of each tensor stays on the rank `kept` in that stage, as views."""
         own = self._own_runs[stage]
         return [tensor.narrow(self.dim, *run) for tensor, run in zip(tensors, own, strict=True)]
 
-    def unpack(self, received: "Received") -> tuple[Float[Tensor, "_ _ _ _"], ...]:
+    def unpack(self, received: "Received") -> tuple[Shaped[Tensor, "_ _ _ _"], ...]:
         """The tensors whose chunks the buffer received. The copies of one head are summed in rank order."""
         tensors, buffer = received.tensors, received.buffer
         if self.in_order:
@@ -229,8 +229,8 @@ class Cut:
         return tuple(self._read_rows(rows, *read) for read in zip(self.parts, self._read, strict=True))
 
     def _read_rows(
-        self, rows: Float[Tensor, "_ row"], part: Part, read: tuple[Tensor, Tensor | None]
-    ) -> Float[Tensor, "_ _ _ _"]:
+        self, rows: Shaped[Tensor, "_ row"], part: Part, read: tuple[Tensor, Tensor | None]
+    ) -> Shaped[Tensor, "_ _ _ _"]:
         positions, bags = read
         if bags is not None:
             return sum_rows(rows, positions, bags).view(part.shape)
@@ -248,7 +248,7 @@ class Cut:
         alone = len(part.runs.counts) == 1 or math.prod(part.shape[: self.dim]) == 1
         return alone and part.runs.in_order and part.window is None
 
-    def _without_kept(self, tensor: Float[Tensor, "_ _ _ _"]) -> Float[Tensor, " size"]:
+    def _without_kept(self, tensor: Shaped[Tensor, "_ _ _ _"]) -> Shaped[Tensor, " size"]:
         """The memory of a tensor that is the buffer as well, without the chunk that stays."""
         (size,) = self.sizes
         begin = tensor.numel() - size if self.kept == 0 else 0
@@ -338,7 +338,7 @@ class Received:
     """The buffer of an exchange under way, and the tensors that it is unpacked to, where they can be made at once."""
 
     tensors: tuple[Tensor, ...]
-    buffer: Float[Tensor, " size"]
+    buffer: Shaped[Tensor, " size"]
 
 
 def _places_of(part: Part, runs: Runs, dim: int, row: int) -> Places:
