@@ -87,6 +87,9 @@ def validate(
     ] = None,
     only: Annotated[str, typer.Option(help="Only the cases with this in their name.")] = "",
     times: Annotated[bool, typer.Option(help="Time the parts of a step.")] = True,
+    schedules: Annotated[
+        int, typer.Option(help="On virtual ranks: other orders of the ranks to try as well.")
+    ] = 0,
 ) -> None:
     """Does all of it hold here? Errors against one device, bytes against the plan, bits, times.
 
@@ -101,7 +104,7 @@ def validate(
     from .errors import SeqparError
 
     try:
-        options = validate_module.Options(backend, ranks, timeout, json, only, times)
+        options = validate_module.Options(backend, ranks, timeout, json, only, schedules, times)
         passed = validate_module.run(options, Console(quiet=not first))
     except SeqparError as error:
         passed, rank = False, os.environ.get("RANK")

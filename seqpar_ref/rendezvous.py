@@ -54,7 +54,9 @@ def meet(timeout: float) -> Meeting:
         _wait_until_someone_listens(host, port, keeper, timeout)
     left = max(1.0, deadline - time.monotonic())
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=left)))
+        store = dist.TCPStore(
+            host, port, size, keeps_store, timedelta(seconds=left), wait_for_workers=False, multi_tenant=True
+        )
     except (dist.DistError, ValueError) as error:
         found = str(error).splitlines()[0]
         if keeps_store:

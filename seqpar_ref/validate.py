@@ -37,6 +37,7 @@ class Options:
             processes were started, else the accelerator's, or gloo where there is none.
         ranks: None for as many as were started, else 4.
         only: a part of the names of the cases to run.
+        schedules: on virtual ranks, how many other orders of the ranks to try as well.
     """
 
     backend: str | None = None
@@ -44,6 +45,7 @@ class Options:
     timeout: float = 30.0
     json: Path | None = None
     only: str = ""
+    schedules: int = 0
     times: bool = True
 
 
@@ -64,7 +66,7 @@ def run(options: Options, console: Console) -> bool:
             f"--only {options.only!r} is in the name of no case.", "Leave it out to see them."
         )
     if options.json is not None:
-        Report({}, len(cases), error="not done yet").write(options.json) if _is_first() else None
+        _claim(options.json, len(cases))
     if backend == "virtual":
         return _run_virtual(options, ranks, cases, console)
     if started:
@@ -82,7 +84,7 @@ def _run_virtual(options: Options, ranks: int, cases: list[Case], console: Conso
     torch.set_num_threads(1)
     try:
         for case in Steps(console).each(cases, f"checking {len(cases)} cases on {ranks} virtual ranks"):
-            report.rows.append(judge(case, run_on_virtual_ranks(case), None, CPU))
+            report.rows.append(judge(case, run_on_virtual_ranks(case, options.schedules), None, CPU))
     except Exception as error:
         report.error = f"{case}: {type(error).__name__}: {error}"
         raise
@@ -117,6 +119,10 @@ def _check(options: Options, backend: str, ranks: int, started: bool) -> None:
         )
     if ranks < 1:
         raise ArgumentError(f"--ranks {ranks} is no number of ranks.", "Use at least 1, such as 4.")
+    if options.schedules < 0 or (options.schedules and backend != "virtual"):
+        raise ArgumentError(
+            f"--schedules {options.schedules} on {backend} ranks.", "Use 0 or more, with --backend virtual."
+        )
     if not options.timeout > 0:
         raise ArgumentError(f"--timeout {options.timeout} leaves no time.", "Give seconds, such as 30.")
     processes = started_processes(otherwise=ranks)
@@ -142,8 +148,10 @@ def _arguments(options: Options, backend: str) -> list[str]:
     return arguments
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _claim(json: Path, cases: int) -> None:
+    """Find out now whether the file can be written, and leave no old result in it."""
+    if os.environ.get("RANK", "0") == "0":
+        Report({}, cases, error="not done yet").write(json)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def share_of(
     case: Case, results: dict[str, Tensors], sent: dict[str, np.ndarray], uncounted: set[str]
 ) -> Share:
     """A rank's share, from the results of all variants."""
-    first, *others = VARIANTS[case.kind]
-    differing = tuple(variant for variant in others if not equal_bits(results[variant], results[first]))
-    return Share(results[first], differing, sent, tuple(sorted(uncounted)))
+    first = results[VARIANTS[case.kind][0]]
+    differing = tuple(variant for variant, own in results.items() if not equal_bits(own, first))
+    return Share(first, differing, sent, tuple(sorted(uncounted)))
 
 
 def run_variant(case: Case, variant: str, device: torch.device) -> Tensors:

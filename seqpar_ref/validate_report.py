@@ -13,7 +13,7 @@ from .errors import ArgumentError
 from .validate_judge import Errors, Row
 from .validate_times import Sizes, Time
 
-WIDTH = 120
+WIDTH = 140
 
 
 @dataclass

@@ -10,13 +10,19 @@ from .validate_cases import Case
 CPU = torch.device("cpu")
 
 
-def run_on_virtual_ranks(case: Case, seed: int | None = None) -> list[Share]:
-    """Every rank's share. With a seed the ranks run in another order, the same for the same seed."""
+def run_on_virtual_ranks(case: Case, schedules: int = 0) -> list[Share]:
+    """Every rank's share.
+
+    Args:
+        schedules: how many other orders of the ranks to run all variants in; each counts as a variant more.
+    """
     results, sent = {}, {}
-    for variant in VARIANTS[case.kind]:
-        world = VirtualWorld(len(case.tokens), seed=seed)
-        results[variant] = world.run(run_variant, case, variant, CPU)
-        sent[variant] = world.bytes
+    for seed in (None, *range(schedules)):
+        for variant in VARIANTS[case.kind]:
+            name = variant if seed is None else f"{variant}, schedule {seed}"
+            world = VirtualWorld(len(case.tokens), seed=seed)
+            results[name] = world.run(run_variant, case, variant, CPU)
+            sent[name] = world.bytes
     return [
         share_of(
             case,

@@ -1,0 +1,432 @@
+"""`python -m seqpar_ref.validate`: passes where it should, fails for each thing that it looks at, and ends in time."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from seqpar_ref import cli, validate, validate_body
+from seqpar_ref.checks import DTYPES
+from seqpar_ref.errors import ArgumentError
+from seqpar_ref.validate import Options
+from seqpar_ref.validate_body import VARIANTS
+from seqpar_ref.validate_cases import cases_for, sequence_of
+from seqpar_ref.validate_judge import judge, planned_bytes
+from seqpar_ref.validate_oracle import one_device
+from seqpar_ref.validate_virtual import run_on_virtual_ranks
+from tests import oracle
+from tests.validate_faults import RANKS, SCENARIOS, TIMEOUT
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+COLUMNS = {"output", "gradient", "bytes_equal", "variant_bits", "virtual_bits", "passed"}
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, ["validate", *arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def faulty_runs(tmp_path_factory):
+    """The real processes of `validate_faults.py`, which wait most of the time, run beside the other tests."""
+    folder = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, str(ROOT / "tests" / "validate_faults.py"), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield folder, process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "only"), [(1, ""), (2, "block"), (3, ""), (4, "tokens"), (5, "< ranks"), (5, "sub"), (8, "uneven")]
+)
+def test_every_case_passes_on_virtual_ranks(tmp_path, ranks, only):
+    done = run(
+        "--backend", "virtual", "--ranks", str(ranks), "--only", only, "--json", str(tmp_path / "json")
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "json").read_text())
+    expected = [case for case in cases_for(ranks) if only in str(case)]
+    assert found["passed"] and found["error"] is None
+    assert len(found["cases"]) == found["cases_expected"] == len(expected) > 0
+    for case, row in zip(expected, found["cases"], strict=True):
+        assert row["passed"] and row["problems"] == []
+        assert row["bytes_sent"] == row["bytes_planned"] == planned_bytes(case).sum()
+        assert (row["bytes_sent"] > 0) == (max(map(len, case.groups)) > 1)
+        assert row["variants"] == list(VARIANTS[case.kind]) and row["variant_bits"]
+        assert re.search(
+            rf"^ +{re.escape(case.name)} +{case.dtype_name} .*yes +yes +- +pass", done.output, re.M
+        )
+    assert f"{len(expected)} of {len(expected)} cases passed." in done.output
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7, 8, 16, 64])
+def test_the_cases_are_what_their_names_say(ranks):
+    cases = {(case.kind, case.name, case.dtype): case for case in cases_for(ranks)}
+    assert len(cases) == len(cases_for(ranks))
+    by_name = {case.name: case for case in cases.values()}
+    assert {case.dtype for case in cases.values()} == set(DTYPES)
+    assert {case.layout for case in cases.values() if case.kind == "block"} == {
+        "b s h d",
+        "s b h d",
+        "b h s d",
+    }
+    assert by_name["even heads"].heads % ranks == 0
+    assert ranks == 1 or by_name["uneven heads"].heads % ranks == 1
+    assert by_name["MQA"].kv_heads == 1 < by_name["MQA"].heads
+    assert ranks == 1 or by_name["kv heads < ranks"].kv_heads < ranks
+    assert ranks == 1 or by_name["heads < ranks"].heads < ranks
+    assert ranks == 1 or len(set(by_name["unequal tokens"].tokens)) > 1
+    assert (0 in by_name["a rank without tokens"].tokens) == (ranks > 1)
+    for name in ("sub-groups, strided", "sub-groups, halves"):
+        groups = by_name[name].groups
+        assert sorted(rank for group in groups for rank in group) == list(range(ranks))
+        assert len(groups) == min(2, ranks)
+    assert {case.checkpoint for case in cases.values()} == {None, "reentrant", "non-reentrant"}
+
+
+def test_the_numbers_of_a_case_are_held_by_its_dtype():
+    for case in cases_for(3):
+        sequence = sequence_of(case, 0)
+        exact = sequence_of(replace(case, dtype=torch.float64), 0)
+        for name in sequence.inputs:
+            assert torch.equal(sequence.inputs[name].double(), exact.inputs[name]), case
+        assert torch.equal(sequence.gradient.double(), exact.gradient)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_device_is_what_the_oracle_of_the_tests_says(causal):
+    (case,) = [case for case in cases_for(2) if str(case) == "attention, GQA, float32"]
+    case = replace(case, dtype=torch.float64, causal=causal)
+    sequence = sequence_of(case, 0)
+    theirs = oracle.expected(
+        oracle.Case(case.tokens, *sequence.inputs.values(), sequence.gradient, causal=causal)
+    )
+    for exact in (True, False):
+        ours = one_device(case, sequence, CPU, exact=exact)
+        assert list(ours) == ["output", "query", "key", "value"]
+        for a, b in zip(ours.values(), theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_swapped_head_is_far_outside_the_tolerance(dtype):
+    """Of the output and of each gradient, with the tolerance that each dtype gets."""
+    case = next(case for case in cases_for(4) if case.name == "GQA" and case.kind == "attention")
+    case = replace(case, dtype=dtype)
+    shares = run_on_virtual_ranks(case)
+    assert judge(case, shares, None, CPU).passed
+    for name in ("output", "query", "key", "value"):
+        tensors = dict(shares[1].tensors)
+        tensors[name] = tensors[name][:, :, [1, 0, *range(2, tensors[name].shape[2])]]
+        row = judge(case, [shares[0], replace(shares[1], tensors=tensors), *shares[2:]], None, CPU)
+        assert not row.passed
+        wrong, right = (row.forward, row.gradient) if name == "output" else (row.gradient, row.forward)
+        assert right.small
+        assert min(wrong.device, wrong.float64) > 4 * wrong.tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_swapped_head_inside_of_the_block_is_far_outside_the_tolerance(dtype, monkeypatch):
+    case = next(case for case in cases_for(4) if case.name == "uneven heads" and case.kind == "block")
+    case = replace(case, dtype=dtype)
+    assert judge(case, run_on_virtual_ranks(case), None, CPU).passed
+    monkeypatch.setattr(
+        validate_body, "_block", with_output(validate_body._block, swap_heads_of_output_weight)
+    )
+    row = judge(case, run_on_virtual_ranks(case), None, CPU)
+    assert min(row.forward.device, row.forward.float64) > 4 * row.forward.tolerance
+
+
+def with_output(make, change):
+    """What makes a module, made to change the module's output on rank 1."""
+
+    class Changed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def named_parameters(self, *args):
+            return self.module.named_parameters(*args)
+
+        def load_state_dict(self, state):
+            return self.module.load_state_dict(state)
+
+        def forward(self, *args, **kwargs):
+            return change(self.module, self.module(*args, **kwargs))
+
+    def made(case, variant, *args):
+        module = make(case, variant, *args)
+        return Changed(module) if dist.get_rank() == 1 else module
+
+    return made
+
+
+def swap_heads_of_output_weight(block, output):
+    """Before the first call is over it is too late: compute again with two heads of the projection swapped."""
+    weight = block.output.weight.detach()
+    dim = block.head_dim
+    swapped = torch.cat([weight[:, dim : 2 * dim], weight[:, :dim], weight[:, 2 * dim :]], dim=1)
+    difference = (swapped - weight)[:, : 2 * dim]
+    return output + (output.detach()[..., : 2 * dim] @ difference.T[: output.shape[-1]])
+
+
+def swap_heads(module, output):
+    """The first two heads change places; the gradient is left as it is."""
+    return output + (output[:, :, [1, 0, *range(2, output.shape[2])]] - output).detach()
+
+
+def scale_gradient(module, output):
+    """The output as it is, its gradient half as large again."""
+    return output + 0.5 * (output - output.detach())
+
+
+def one_bit(module, output):
+    if type(module).__name__ != "ChunkedAttention":
+        return output
+    changed = output.clone()
+    first = changed.detach().flatten()[:1]
+    with torch.no_grad():
+        first.copy_(torch.nextafter(first, first + 1))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [(swap_heads, "output"), (scale_gradient, "gradient"), (one_bit, "variant_bits")],
+)
+def test_a_fault_fails_its_column(tmp_path, monkeypatch, change, column):
+    monkeypatch.setattr(validate_body, "_attention", with_output(validate_body._attention, change))
+    check_fault(tmp_path, column)
+
+
+def test_a_byte_more_than_planned_fails_its_column(tmp_path, monkeypatch):
+    def exchanges_more(case, variant, *args):
+        ranks = dist.get_world_size()
+        mine = [1 if dist.get_rank() == 0 and rank == 1 else 0 for rank in range(ranks)]
+        theirs = [1 if dist.get_rank() == 1 and rank == 0 else 0 for rank in range(ranks)]
+        byte = torch.ones(sum(mine), dtype=torch.uint8)
+        dist.all_to_all_single(torch.empty(sum(theirs), dtype=torch.uint8), byte, theirs, mine)
+        return attention(case, variant, *args)
+
+    attention = validate_body._attention
+    monkeypatch.setattr(validate_body, "_attention", exchanges_more)
+    problems = check_fault(tmp_path, "bytes_equal")
+    planned = planned_bytes(next(case for case in cases_for(3) if "heads first" in str(case))).sum(axis=1)
+    assert problems[0] == f"bytes (plain): ranks [0] sent [{planned[0] + 1}], the plan says [{planned[0]}]"
+
+
+def check_fault(tmp_path, column: str) -> list[str]:
+    """The command fails, by this column and by no other. Returns the problems of the case."""
+    only = "attention, heads first" if column == "bytes_equal" else "attention, even heads"
+    done = run("--backend", "virtual", "--ranks", "3", "--only", only, "--json", str(tmp_path / "json"))
+    assert done.exit_code == 1
+    assert "FAILED attention" in done.output and "0 of 1 cases passed" in done.output
+    found = json.loads((tmp_path / "json").read_text())
+    assert not found["passed"]
+    (row,) = found["cases"]
+    failing = {name for name in ("bytes_equal", "variant_bits", "virtual_bits") if row[name] is False}
+    for name in ("output", "gradient"):
+        if max(row[name]["device"], row[name]["float64"]) > row[name]["tolerance"]:
+            failing.add(name)
+    assert failing == {column}
+    return row["problems"]
+
+
+def test_nan_fails():
+    case = cases_for(2)[0]
+    shares = run_on_virtual_ranks(case)
+    tensors = {**shares[0].tensors, "output": shares[0].tensors["output"].clone()}
+    tensors["output"][0, 0, 0, 0] = float("nan")
+    row = judge(case, [replace(shares[0], tensors=tensors), shares[1]], None, CPU)
+    assert not row.forward.small and row.gradient.small and not row.passed
+
+
+def test_other_bits_than_virtual_ranks_fail():
+    case = cases_for(2)[0]
+    shares = run_on_virtual_ranks(case)
+    virtual = [dict(share.tensors) for share in shares]
+    assert judge(case, shares, virtual, CPU).virtual_bits is True
+    virtual[1]["key"] = virtual[1]["key"].clone()
+    virtual[1]["key"][0, 0, 0, 0] = torch.nextafter(virtual[1]["key"][0, 0, 0, 0], torch.tensor(9.0).double())
+    row = judge(case, shares, virtual, CPU)
+    assert row.virtual_bits is False
+    assert row.problems == ("bits: virtual ranks have other ones",)
+
+
+def test_a_collective_that_nobody_counts_fails():
+    case = cases_for(2)[0]
+    shares = run_on_virtual_ranks(case)
+    row = judge(case, [shares[0], replace(shares[1], uncounted=("c10d.allreduce_.default",))], None, CPU)
+    assert not row.bytes_equal and "c10d.allreduce_" in row.problems[0]
+
+
+def test_other_orders_of_the_ranks_are_variants():
+    case = next(case for case in cases_for(3) if str(case) == "block, kv heads < ranks, float32")
+    shares = run_on_virtual_ranks(case, schedules=3)
+    names = [v if s is None else f"{v}, schedule {s}" for s in (None, 0, 1, 2) for v in VARIANTS["block"]]
+    assert all(list(share.sent) == names and share.differing == () for share in shares)
+    assert judge(case, shares, None, CPU).passed
+
+
+def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ArgumentError("this is wrong.", "Change it.")
+
+    monkeypatch.setattr(validate_body, "_block", broken)
+    done = run(
+        "--backend", "virtual", "--ranks", "2", "--only", ", even heads", "--json", str(tmp_path / "json")
+    )
+    assert done.exit_code == 1
+    found = json.loads((tmp_path / "json").read_text())
+    assert found["error"].startswith("block, even heads, float64: ArgumentError: this is wrong.")
+    assert [row["kind"] for row in found["cases"]] == ["attention"] and not found["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0 is no number of ranks"),
+        (["--backend", "mpi"], "--backend mpi cannot be used here.\n  Use virtual, gloo or nccl."),
+        (["--backend", "fake"], "--backend fake cannot be used here"),
+        (["--timeout", "0"], "--timeout 0.0 leaves no time"),
+        (["--timeout", "nan"], "--timeout nan leaves no time"),
+        (["--only", "nonsense"], "--only 'nonsense' is in the name of no case"),
+        (["--json", "no/such/folder/file"], "cannot write no/such/folder/file"),
+        (["--backend", "nccl"], "NoAcceleratorError: nccl needs a device for each rank"),
+        (["--backend", "gloo", "--schedules", "2"], "--schedules 2 on gloo ranks"),
+        (["--schedules", "-1"], "--schedules -1 on virtual ranks"),
+    ],
+)
+def test_refused_options(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, ["--backend", "virtual"], "Use --backend gloo"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["--ranks", "3"], "--ranks is 3 and 2 processes were started"),
+        ({"WORLD_SIZE": "x", "RANK": "0"}, [], "WORLD_SIZE is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, [], "RANK is 'x' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "1"}, [], "RANK is 2 and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, [], "MASTER_PORT is '' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, [], "MASTER_ADDR is not set"),
+    ],
+)
+def test_refused_environments(monkeypatch, variables, arguments, message):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = run(*arguments)
+    assert done.exit_code == 1 and message in done.stderr
+
+
+def test_a_failing_case_fails_the_run(monkeypatch):
+    """What the exit status comes from: everything expected ran, and passed."""
+    monkeypatch.setattr(validate_body, "_attention", with_output(validate_body._attention, swap_heads))
+    options = Options("virtual", 2, only="attention, MQA")
+    assert validate.run(options, Console(quiet=True)) is False
+    monkeypatch.undo()
+    assert validate.run(options, Console(quiet=True)) is True
+
+
+@pytest.mark.torchrun
+def test_the_whole_command_on_four_gloo_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["-m", "seqpar_ref.validate", "--backend", "gloo", "--json", str(tmp_path / "json")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=115, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    found = json.loads((tmp_path / "json").read_text())
+    assert found["passed"] and found["error"] is None
+    assert [row["name"] for row in found["cases"]] == [case.name for case in cases_for(4)]
+    for row in found["cases"]:
+        assert row["virtual_bits"] is row["variant_bits"] is row["bytes_equal"] is row["passed"] is True
+        assert row["output"]["device"] <= row["output"]["tolerance"]
+    environment = found["environment"]
+    assert (environment["ranks"], environment["hosts"], environment["backend"]) == (4, 1, "gloo")
+    assert environment["torch"] == torch.__version__ and environment["threads"] == 1
+    parts = {line["part"]: line for line in found["times"]}
+    for part in ("exchange, forward", "exchange, forward and backward"):
+        line = parts[part]
+        assert line["gigabytes_per_second"] == line["bytes_sent"] / line["seconds"] / 1e9 > 0
+    assert parts["step, overlap projections"]["bound"] == 5 / 8
+    assert parts["step, overlap chunks"]["bound"] == 1 / 2  # 2 heads a rank are at most 2 chunks
+    saved = parts["step, overlap none"]["hidden"]
+    assert saved is None and isinstance(parts["step, overlap chunks"]["hidden"], float)
+    assert done.stdout.count("45 of 45 cases passed.") == 1  # rank 0 alone prints
+    documented = (ROOT / "docs" / "real_ranks.md").read_text()
+    for names in (
+        found,
+        found["environment"],
+        found["cases"][0],
+        found["cases"][0]["output"],
+        found["times"][0],
+    ):
+        assert not [name for name in names if f"`{name}`" not in documented]
+
+
+@pytest.fixture(scope="module")
+def ends(faulty_runs):
+    """(scenario, rank) -> exit code, seconds, what it wrote to stderr."""
+    folder, process = faulty_runs
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0
+    found = {}
+    for scenario, by_rank in json.loads(output).items():
+        for rank, (code, seconds) in by_rank.items():
+            found[scenario, int(rank)] = code, seconds, (folder / scenario / f"{rank}.err").read_text()
+    return folder, found
+
+
+EXPECTED = {
+    "raises": r"rank 2 failed in case 6 of 15 \(.*\): ValueError: this rank has a defect \(at validate_faults",
+    "raises in a collective": r"rank 2 failed in case 6 of 15 \(.*\): RuntimeError: .*alltoall",
+    "killed": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
+    "stopped": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
+    "hangs": r"no rank has gone on for \d+ s. They stand:\n  ranks 0-1: case 6 .*\n  rank 2: case 6 .*validate_faults",
+    "first is killed": r"rank 0 \(127.0.0.1, port \d+\), which keeps the store, is gone",
+    "first is stopped": r"rank 0 \(127.0.0.1, port \d+\), which keeps the store, has not answered for",
+    "never comes": r"rank 2 of 3 never came: the others have waited for \d+ s",
+    "first never comes": r"MissingRankError: rank 0 \(127.0.0.1, port \d+\) is missing: nobody has kept the store",
+    "told to stop": r"rank 2 was stopped by SIGTERM in case 6",
+}
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("scenario", EXPECTED)
+def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario):
+    folder, found = ends
+    victim = SCENARIOS[scenario]
+    for rank in {*range(RANKS)} - {victim}:
+        code, seconds, said = found[scenario, rank]  # a KeyError would be a rank that did not end
+        assert code == 1
+        assert re.search(rf"^rank {rank}: (validate stopped: )?{EXPECTED[scenario]}", said, re.M), said
+        assert "Traceback" not in said
+        assert seconds < 4 * TIMEOUT
+    if victim != 0:
+        report = json.loads((folder / scenario / "json").read_text())
+        assert not report["passed"] and re.search(EXPECTED[scenario], report["error"])
+        early = scenario == "never comes"
+        assert len(report["cases"]) == (0 if early else 5) and report["cases_expected"] == 15
+
+
+@pytest.mark.torchrun
+def test_without_a_fault_processes_started_by_hand_pass(ends):
+    folder, found = ends
+    assert [found["fine", rank][0] for rank in range(RANKS)] == [0, 0, 0]
+    assert json.loads((folder / "fine" / "json").read_text())["passed"]
+    assert SCENARIOS.keys() == EXPECTED.keys() | {"fine"}

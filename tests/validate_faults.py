@@ -1,0 +1,129 @@
+"""Runs `validate` on real processes while something goes wrong, and prints what each rank said and how it ended.
+
+A script of its own, so that PyTorch is imported once: python tests/validate_faults.py FOLDER. Every scenario has
+three ranks, forked from here and started by the environment variables alone, without torchrun. All scenarios run at
+the same time: they wait most of the time.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch._dynamo  # einops imports it when it sees a tensor
+import torch.distributed as dist
+import torch.distributed.nn.functional  # binds group.WORLD when it is imported, so before any group is there
+
+from seqpar_ref import cli, validate_ranks
+
+TIMEOUT = 8.0
+RANKS = 3
+CASE = "kv heads < ranks"
+SCENARIOS = {
+    "fine": None,
+    "raises": 2,
+    "raises in a collective": 2,
+    "killed": 2,
+    "stopped": 2,
+    "hangs": 2,
+    "first is killed": 0,
+    "first is stopped": 0,
+    "never comes": 2,
+    "first never comes": 0,
+    "told to stop": 2,
+}
+
+
+def break_in(scenario: str) -> None:
+    """On the rank that goes wrong: replace what it runs for the case."""
+    run = validate_ranks.run_variant
+
+    def wrong(case, *args):
+        if case.name != CASE:
+            return run(case, *args)
+        if scenario == "raises":
+            raise ValueError("this rank has a defect")
+        if scenario == "raises in a collective":
+            dist.all_to_all_single(torch.empty(7), torch.empty(5))
+        if scenario.endswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if scenario.endswith("stopped"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if scenario == "told to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+
+    validate_ranks.run_variant = wrong
+
+
+def start_rank(scenario: str, rank: int, port: int, folder: Path) -> int:
+    """Fork one rank. Returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    if SCENARIOS[scenario] == rank:
+        break_in(scenario)
+    arguments = ["--timeout", str(TIMEOUT), "--only", "heads", "--no-times", "--json", str(folder / "json")]
+    code = 99
+    try:
+        cli.app(["validate", "--backend", "gloo", *arguments])
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def all_ended(running: dict[int, tuple[str, int]]) -> bool:
+    """Whether all ranks have ended but those that were stopped."""
+    return all(
+        scenario.endswith("stopped") and SCENARIOS[scenario] == rank for scenario, rank in running.values()
+    )
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    running = {}
+    for scenario, victim in SCENARIOS.items():
+        own = folder / scenario
+        own.mkdir()
+        port = free_port()
+        for rank in range(RANKS):
+            if not (scenario.endswith("never comes") and rank == victim):
+                running[start_rank(scenario, rank, port, own)] = scenario, rank
+    began = time.monotonic()
+    ends = {scenario: {} for scenario in SCENARIOS}
+    while not all_ended(running) and time.monotonic() - began < 5 * TIMEOUT:
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            scenario, rank = running.pop(process)
+            ends[scenario][rank] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        else:
+            time.sleep(0.05)
+    for process in running:  # the stopped ones, and any that hangs
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
