@@ -117,15 +117,16 @@ def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
     return steps
 
 
-def measure(point: Point, rounds: int, seconds: float) -> dict[str, Times]:
-    """One rank's part: every kind of overlap against every kind of computation."""
+def measure(point: Point, against: list[str], rounds: int, seconds: float) -> dict[str, Times]:
+    """One rank's part: every kind of overlap against these kinds of computation."""
     alone = interleaved({"communication": collectives(point)}, max(3, rounds // 3), seconds)
     one = statistics.median(alone["communication"]) / 8
     tables = {}
-    for what, sleeps in (("stand-in", True), ("cpu", False)):
+    for what in against:
+        sleep = one if what == "stand-in" else None
         for kind, steps in (
-            ("projections", block_steps(point, one if sleeps else None)),
-            ("chunks", attention_steps(point, 4 * one if sleeps else None)),
+            ("projections", block_steps(point, sleep)),
+            ("chunks", attention_steps(point, None if sleep is None else 4 * sleep)),
         ):
             everything = {"communication": collectives(point), **steps}
             tables[f"{kind}, {what}"] = interleaved(everything, rounds, seconds)
@@ -165,7 +166,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--against", nargs="+", choices=["stand-in", "cpu"], default=["stand-in", "cpu"])
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
@@ -175,7 +177,9 @@ def main() -> None:
     results = []
     for ranks in options.ranks:
         point = Point(ranks, options.tokens, options.heads, heads=options.heads, dim=options.dim)
-        for title, times in on_gloo(ranks, measure, point, options.rounds, options.seconds).items():
+        for title, times in on_gloo(
+            ranks, measure, point, options.against, options.rounds, options.seconds
+        ).items():
             table = show(title, times, point)
             results.append({"what": title, **asdict(point), "seconds": times, "table": table})
     if options.json:
