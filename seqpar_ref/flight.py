@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import OrderError
 from .group import Group, Work
 from .routes import Route
-from .wire import Received
+from .wire import Cut, Received
 
 Eager = TypeVar("Eager", bound=Callable[..., Any])
 
@@ -41,13 +41,16 @@ class Flight:
 
     An exchange has one stage. Where heads travel in chunks (`routes.py`), it has one for each chunk: they share
     the tensors on the side of the sequence, and start or finish there together.
+
+    Args:
+        routes: of tensors that start and finish together; each route has collectives of its own.
     """
 
-    def __init__(self, group: Group, route: Route) -> None:
-        self.group, self.route = group, route
+    def __init__(self, group: Group, *routes: Route) -> None:
+        self.group, self.routes = group, routes
         self._tokens: dict[int, Tensor] = {}  # of stages that are started and not finished
-        self._works: dict[int, tuple[Work | None, Tensor]] = {}
-        self._received: dict[int, Received] = {}
+        self._works: dict[tuple[Route, int], tuple[Work | None, Tensor]] = {}
+        self._received: dict[Cut, Received] = {}
         self._issued: set[int] = set()
         self._gradients: Flight | None = None
 
@@ -58,7 +61,7 @@ class Flight:
         Raises:
             OrderError: they were started before.
         """
-        stages = self.route.started_with(stage)
+        stages = self.routes[0].started_with(stage)
         if not self._issued.isdisjoint(stages):
             raise OrderError("an exchange is started a second time.", "Make a new one for each call.")
         token = _Start.apply(self, stages, *tensors)
@@ -71,7 +74,7 @@ class Flight:
         Raises:
             OrderError: it was not started, or is finished already.
         """
-        stages = self.route.finished_with(stage)
+        stages = self.routes[0].finished_with(stage)
         if not self._tokens.keys() >= set(stages):
             state = "finished already" if self._issued.issuperset(stages) else "not started yet"
             raise OrderError(
@@ -82,13 +85,19 @@ class Flight:
         return result
 
     def issue(self, stage: int, tensors: tuple[Tensor, ...], async_op: bool = True) -> None:
-        """`start` of one stage, without autograd."""
-        outgoing, place = self.route.outgoing_at(stage)
-        incoming, place_there = self.route.incoming_at(stage)
+        """`start` of one stage, without autograd. Each route's tensors are packed while those before travel."""
+        for route in self.routes:
+            self._issue(route, stage, tensors[: route.tensors], async_op)
+            tensors = tensors[route.tensors :]
+        self._issued.add(stage)
+
+    def _issue(self, route: Route, stage: int, tensors: tuple[Tensor, ...], async_op: bool) -> None:
+        outgoing, place = route.outgoing_at(stage)
+        incoming, place_there = route.incoming_at(stage)
         sent = outgoing.pack(tensors, place)
-        received = self._received.get(id(incoming))
+        received = self._received.get(incoming)
         if received is None:
-            received = self._received[id(incoming)] = incoming.new_buffer(sent)
+            received = self._received[incoming] = incoming.new_buffer(sent)
         splits = incoming.splits[place_there], outgoing.splits[place]
         keeps = outgoing.kept is not None
         target = incoming.chunks_of(received, place_there)
@@ -97,17 +106,19 @@ class Flight:
             own = incoming.own_pieces(received.tensors, place_there)
             for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):
                 piece.copy_(source)
-        self._works[stage] = work, sent
-        self._issued.add(stage)
+        self._works[route, stage] = work, sent
 
     def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
         """`finish` of stages that are unpacked together, without autograd."""
-        for stage in stages:
-            work, _ = self._works.pop(stage)
-            if work is not None:
-                work.wait()
-        incoming, _ = self.route.incoming_at(stages[0])
-        return incoming.unpack(self._received.pop(id(incoming)))
+        results: list[Tensor] = []
+        for route in self.routes:
+            for stage in stages:
+                work, _ = self._works.pop((route, stage))
+                if work is not None:
+                    work.wait()
+            incoming, _ = route.incoming_at(stages[0])
+            results += incoming.unpack(self._received.pop(incoming))
+        return tuple(results)
 
     def gradients(self, stages: tuple[int, ...], again: bool) -> "Flight":
         """The exchange of the gradients, one for each backward pass: `again` begins a new pass where due.
@@ -117,7 +128,7 @@ class Flight:
         """
         flight = self._gradients
         if again and (flight is None or not flight._issued.isdisjoint(stages)):
-            flight = self._gradients = Flight(self.group, self.route.reverse())
+            flight = self._gradients = Flight(self.group, *[route.reverse() for route in self.routes])
         if flight is None or not (again or flight._issued.issuperset(stages)):
             raise OrderError(
                 "some chunks of an exchange got a gradient and others did not.",
@@ -184,16 +195,13 @@ def _exchange(
     group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """`Exchange` without autograd."""
-    flights: list[Flight] = []
     results: list[Tensor] = []
-    for route in routes:
-        own, tensors = tensors[: route.tensors], tensors[route.tensors :]
-        flights.append(Flight(group, route))
-        flights[-1].issue(0, own, async_op)
-        if not async_op:
-            results += flights.pop().wait((0,))
-    for flight in flights:
+    for together in [routes] if async_op else [(route,) for route in routes]:
+        count = sum(route.tensors for route in together)
+        flight = Flight(group, *together)
+        flight.issue(0, tensors[:count], async_op)
         results += flight.wait((0,))
+        tensors = tensors[count:]
     return tuple(results)
 
 

@@ -38,7 +38,7 @@ from .flight import Flight, outside_graphs
 from .group import TorchGroup
 from .own_heads import OwnAttention, own_heads
 from .plan import Plan
-from .routes import Load, routes_to_heads
+from .routes import Load, routes_to_heads, wire_of
 
 
 @outside_graphs
@@ -91,11 +91,14 @@ def in_chunks(
     """
     member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
     chunks = min(chunks, plan.most_chunks)
-    together = Load(("query", "kv", "kv"), (query.shape[3], key.shape[3], value.shape[3]))
+    dims = query.shape[3], key.shape[3], value.shape[3]
+    wire = wire_of("auto", plan, query.shape[layout.batch], dims, query.dtype, chunks)
+    together = Load(("query", "kv", "kv"), dims)
+    loads = (together,) if wire == "fused" else together.apart()
+    there = routes_to_heads(plan, member.rank, layout, loads, query, chunks)
     returning = Load(("query",), (value.shape[3],))
-    (there,) = routes_to_heads(plan, member.rank, layout, (together,), query, chunks)
     (back,) = routes_to_heads(plan, member.rank, layout, (returning,), query, chunks)
-    coming, going = Flight(member, there), Flight(member, back.reverse())
+    coming, going = Flight(member, *there), Flight(member, back.reverse())
     coming.start(query, key, value)
     for chunk, own in enumerate(own_heads(plan, member.rank, chunks)):
         own_query, own_key, own_value = coming.finish(chunk)

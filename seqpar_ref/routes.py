@@ -95,19 +95,22 @@ def check_wire(wire: Wire) -> Wire:
 
 
 @no_type_check
-def wire_of(wire: Wire, plan: Plan, batch: int, dims: tuple[int, ...], dtype: torch.dtype) -> Wire:
+def wire_of(
+    wire: Wire, plan: Plan, batch: int, dims: tuple[int, ...], dtype: torch.dtype, chunks: int = 1
+) -> Wire:
     """How query, key and value travel: as the caller says, or by size.
 
     A collective costs a time of its own, however little it carries: small tensors are best sent as one. Large
     ones are best sent one by one, so that each is packed and unpacked while another one travels. The rule
-    looks at the bytes that one rank sends to another one on average, because all ranks must choose alike.
+    looks at the bytes that one rank sends to another one on average, because all ranks must choose alike; where
+    heads travel in chunks, in one chunk.
 
     Raises:
         ArgumentError: no such wire.
     """
     if check_wire(wire) != "auto":
         return wire
-    return "fused" if _mean_bytes(plan, batch, dims, dtype) <= FUSED_UP_TO else "pipelined"
+    return "fused" if _mean_bytes(plan, batch, dims, dtype) <= FUSED_UP_TO * chunks else "pipelined"
 
 
 @lru_cache(maxsize=64)

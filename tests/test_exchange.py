@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar_ref import Plan, heads_to_sequence, make_plan, qkv_to_heads, sequence_to_heads
-from seqpar_ref.group import group_of
+from seqpar_ref.group import TorchGroup, group_of
 from tests.launch import on_gloo, on_virtual
 from tests.oracle import AXES, from_layout, to_layout
 from tests.written import BytesWritten, CountingGroup
@@ -236,6 +236,37 @@ def test_nothing_is_written_where_the_layout_is_the_wire_format() -> None:
     for there, back, _ in on_virtual(written, plan.ranks, plan, "s b h d", "query", torch.float64, False):
         assert there[1] == 0 and back[0] == 0  # unpack by tokens, pack by tokens
         assert there[2] <= there[5]  # the gradient had strides of zero: one copy
+
+
+def own_splits(layout: str, batch: int) -> list[tuple[list[int], list[int]]]:
+    """What this rank gives to each of its all-to-alls for each rank, there and back."""
+    rank, world, found = dist.get_rank(), group_of(None), []
+
+    class Splits(TorchGroup):
+        def all_to_all_single(self, output: Any, input: Any, *splits: Any) -> Any:
+            assert (len(output), len(input)) == (sum(splits[0]), sum(splits[1]))
+            found.append(splits[:2])
+            return super().all_to_all_single(output, input, *splits)
+
+    group = Splits(world.process_group, world.rank, world.size)
+    shard = tokens_of(addresses(EVEN, "query", batch), EVEN, rank, layout)
+    moved = sequence_to_heads(shard, EVEN, group, layout=layout)
+    assert torch.equal(moved, heads_of(addresses(EVEN, "query", batch), EVEN, rank, layout, "query"))
+    assert torch.equal(heads_to_sequence(moved, EVEN, group, layout=layout), shard)
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", AXES)
+def test_what_a_rank_keeps_passes_through_no_buffer(layout: str, batch: int) -> None:
+    """Unless the buffer is the tensor itself and the rank is neither the first nor the last one."""
+    chunk = batch * 5 * 2 * 3  # 5 tokens, 2 heads, dim 3
+    is_buffer = layout == "s b h d" or batch == 1
+    for rank, found in enumerate(on_virtual(own_splits, 4, layout, batch)):
+        expected = [chunk] * 4
+        if rank in (0, 3) or not is_buffer:
+            expected[rank] = 0
+        assert found == [(expected, expected)] * 2
 
 
 def bytes_of_each(plan: Plan, layout: str, heads: str, which: str) -> None:

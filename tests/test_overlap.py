@@ -1,6 +1,6 @@
 """Communication behind computation: the same bits, the same bytes, no hazard, and in the order that is claimed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seqpar_ref import ChunkedAttention, DistributedAttention, Plan, UlyssesBlock, make_plan
+from seqpar_ref import ChunkedAttention, DistributedAttention, Plan, UlyssesBlock, make_plan, routes
 from seqpar_ref.errors import (
     ArgumentError,
     MaskError,
@@ -112,6 +112,19 @@ def test_the_same_bits_and_bytes(name: str, layout: str, dtype: torch.dtype) -> 
     for overlap, chunks in KINDS:
         assert same(plain, world.run(step, setting, overlap, chunks)), (overlap, chunks)
         assert (world.bytes == sent).all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_large_chunks_travel_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v of a chunk in three collectives instead of one; with one left out a wait is reported."""
+    setting = Setting(PLANS[name])
+    plain = on_virtual(step, 4, setting, "none", 1)
+    monkeypatch.setattr(routes, "FUSED_UP_TO", -1)  # bytes of a chunk up to which they share a collective
+    assert same(plain, on_virtual(step, 4, setting, "chunks", 3))
+    chunks = min(3, setting.plan.most_chunks)
+    for left_out in range(4 * 2 * chunks):
+        with pytest.raises(HazardError, match="rank 1"):
+            on_virtual(step, 4, replace(setting, left_out=(1, left_out)), "chunks", 3)
 
 
 @pytest.mark.parametrize("around", ["two micro-batches", "reentrant checkpoint", "non-reentrant checkpoint"])
