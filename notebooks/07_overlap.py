@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Communication behind computation
 #
-# An exchange takes time in which a device could compute. So an exchange comes in two halves: *start* packs the tensor
-# and issues the collective, *finish* waits for it and unpacks. What stands between the two is computed while the
-# bytes travel.
+# An exchange takes time in which a device could compute. So an exchange comes in two halves: *start* packs the
+# tensor and issues the collective, *finish* waits for it and unpacks. What stands between the two is computed while
+# the bytes travel.
 #
 # This notebook looks at timelines. They are not measured: a `VirtualWorld` with a *cluster* keeps virtual time on a
 # model of the hardware, here two devices on PCIe. Every operation and every transfer gets the time that the model
@@ -83,8 +83,8 @@ world.trace.draw()
 #
 # The gradient of an exchange is the exchange the other way. Autograd runs the nodes of the backward pass in the
 # reverse order of their creation; the backward of finish is a start, and the backward of start is a finish. So what
-# stood between the halves in the forward pass has its own backward pass between the halves of the gradient's exchange.
-# Nothing has to be asked for.
+# stood between the halves in the forward pass has its own backward pass between the halves of the gradient's
+# exchange. Nothing has to be asked for.
 #
 # `UlyssesBlock(..., overlap="projections")` is attention with its four linear layers, in this order:
 #
@@ -92,8 +92,8 @@ world.trace.draw()
 # project q | start q | project k | start k | project v | start v | finish q k v | attention | start o | finish o
 # ```
 #
-# To see the order in which things happen, the block gets a group that takes notes. A group is no more than a rank, a
-# size and two collectives.
+# To see the order in which things happen, the block gets a group that takes notes. A group is no more than a rank,
+# a size and two collectives.
 
 # %%
 notes = []
@@ -142,8 +142,8 @@ def noted_step():
 # %% [markdown]
 # Exchanges 0 to 3 are q, k, v and the output. Exchanges 4 to 7 belong to the backward pass.
 #
-# **Question.** The gradient of the output leaves first, as number 4. What can be computed before it has arrived, and
-# what can be computed behind the gradients of v, k and q?
+# **Question.** The gradient of the output leaves first, as number 4. What can be computed before it has arrived,
+# and what can be computed behind the gradients of v, k and q?
 
 # %%
 VirtualWorld(2).run(noted_step)
@@ -151,20 +151,20 @@ forward, backward = ", ".join(notes).split(", backward:, ")
 print(forward, backward, sep="\n")
 
 # %% [markdown]
-# Between `start 4` and `finish 4` stands `dWo`, the weight gradient of the output projection. `nn.Linear` computes its
-# input gradient and its weight gradient in one step, and then nothing would be left to hide exchange 4; the block uses
-# a linear layer that returns the input gradient first. Then the gradients of v, k and q leave, and the weight gradient
-# of v is computed while those of k and q are still under way.
+# Between `start 4` and `finish 4` stands `dWo`, the weight gradient of the output projection. `nn.Linear` computes
+# its input gradient and its weight gradient in one step, and then nothing would be left to hide exchange 4; the
+# block uses a linear layer that returns the input gradient first. Then the gradients of v, k and q leave, and the
+# weight gradient of v is computed while those of k and q are still under way.
 #
 # ## What can be hidden at most
 #
-# Count the exchanges that have something behind them. In the forward pass q travels behind the projection of k, and k
-# behind that of v; v and the output have nothing: 2 of 4. In the backward pass only the gradient of v, which comes
-# first, has nothing: 3 of 4.
+# Count the exchanges that have something behind them. In the forward pass q travels behind the projection of k, and
+# k behind that of v; v and the output have nothing: 2 of 4. In the backward pass only the gradient of v, which
+# comes first, has nothing: 3 of 4.
 #
 # There is a second way, which needs no projections. *Chunks* cut each rank's heads into C parts: all are started at
-# once, and while a rank attends with one, the next ones come and the ones before return. Only the first chunk's coming
-# and the last one's return have nothing behind them: (C - 1)/C of the communication can be hidden.
+# once, and while a rank attends with one, the next ones come and the ones before return. Only the first chunk's
+# coming and the last one's return have nothing behind them: (C - 1)/C of the communication can be hidden.
 
 # %%
 ways = {"none": ("none", 1), "projections": ("projections", 1)}
@@ -224,8 +224,8 @@ traces["4 chunks"].draw()
 #
 # ## The same bits
 #
-# An order of calls changes no value. In every way above, output and gradients are those of the plain order to the last
-# bit.
+# An order of calls changes no value. In every way above, output and gradients are those of the plain order to the
+# last bit.
 #
 # ## What this notebook claims, checked
 
@@ -253,15 +253,15 @@ assert traces["projections"].seconds < traces["none"].seconds
 # %% [markdown]
 # ## Two puzzles
 #
-# **1.** A model computes q, k and v with one fused linear layer. What can `overlap="projections"` hide in its forward
-# pass, and what can chunks?
+# **1.** A model computes q, k and v with one fused linear layer. What can `overlap="projections"` hide in its
+# forward pass, and what can chunks?
 #
 # <details><summary>Answer</summary>
 #
-# All three are ready at the same moment, so there is no projection left to hide q and k behind: they can only travel
-# while the next one is packed. Chunks do not need the projections; with C of them (C - 1)/C of the communication can
-# still be hidden behind attention. That is why Hugging Face models, which hand over q, k and v together, take
-# `register(chunks=...)`.
+# All three are ready at the same moment, so there is no projection left to hide q and k behind: they can only
+# travel while the next one is packed. Chunks do not need the projections; with C of them (C - 1)/C of the
+# communication can still be hidden behind attention. That is why Hugging Face models, which hand over q, k and v
+# together, take `register(chunks=...)`.
 #
 # </details>
 #
@@ -269,8 +269,8 @@ assert traces["projections"].seconds < traces["none"].seconds
 #
 # <details><summary>Answer</summary>
 #
-# Nothing. A chunk holds whole groups of query heads that share a kv head, so that no sum is cut in two. Each rank has
-# one kv head, which makes one chunk: `make_plan(ranks=4, heads=8, kv_heads=4, tokens=64).most_chunks` is 1, and
+# Nothing. A chunk holds whole groups of query heads that share a kv head, so that no sum is cut in two. Each rank
+# has one kv head, which makes one chunk: `make_plan(ranks=4, heads=8, kv_heads=4, tokens=64).most_chunks` is 1, and
 # (C - 1)/C is 0.
 #
 # </details>

@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Races and hangs
 #
-# A distributed program goes wrong in two ways that no exception tells of. It reads or writes memory that a collective
-# still works with, and the numbers are wrong, sometimes. Or the ranks disagree about the next collective, and all of
-# them wait for ever. On virtual ranks both are errors, within a second and in every run, which name the rank and the
-# lines. This notebook breaks small programs on purpose and reads the reports.
+# A distributed program goes wrong in two ways that no exception tells of. It reads or writes memory that a
+# collective still works with, and the numbers are wrong, sometimes. Or the ranks disagree about the next
+# collective, and all of them wait for ever. On virtual ranks both are errors, within a second and in every run,
+# which name the rank and the lines. This notebook breaks small programs on purpose and reads the reports.
 #
-# The programs are plain `torch.distributed`. `report` runs one and prints what the world says about it; a line number
-# is that of the cell in which the program stands.
+# The programs are plain `torch.distributed`. `report` runs one and prints what the world says about it; a line
+# number is that of the cell in which the program stands.
 
 # %%
 import re
@@ -65,10 +65,10 @@ def missing_wait():
 missing = report(missing_wait)
 
 # %% [markdown]
-# On gloo this program returns wrong values and says nothing. It may also return the right ones: it depends on who is
-# quicker, the network or the next line. Virtual ranks do not depend on that. What is received lands in its buffer at
-# `wait()` and not before, and until then the buffer holds NaN, so that even with nobody watching the mistake
-# shows up.
+# On gloo this program returns wrong values and says nothing. It may also return the right ones: it depends on who
+# is quicker, the network or the next line. Virtual ranks do not depend on that. What is received lands in its
+# buffer at `wait()` and not before, and until then the buffer holds NaN, so that even with nobody watching the
+# mistake shows up.
 #
 # **Question.** `hazards="off"` watches nothing. What does the program return then?
 
@@ -133,9 +133,10 @@ for hazard in world.hazards:
 print(gathered[0])
 
 # %% [markdown]
-# Two for each rank: where it writes, and at `wait()`, where the input is no longer what it was when the call was made.
-# The second check also finds what is no operation of PyTorch, such as a write to a numpy array that shares the memory.
-# Of the three inputs two were sent after the change and one before. On hardware it may be any of them, or a part of one.
+# Two for each rank: where it writes, and at `wait()`, where the input is no longer what it was when the call was
+# made. The second check also finds what is no operation of PyTorch, such as a write to a numpy array that shares
+# the memory. Of the three inputs two were sent after the change and one before. On hardware it may be any of them,
+# or a part of one.
 
 # %% [markdown]
 # ## A branch that depends on the rank
@@ -157,8 +158,8 @@ def checkpoint_on_rank_0():
 branch = report(checkpoint_on_rank_0)
 
 # %% [markdown]
-# The k-th collective of a group has to be the same on every rank of it. The report shows where each rank stands; rank 0
-# is the one that differs, and its line lies inside of the `if`.
+# The k-th collective of a group has to be the same on every rank of it. The report shows where each rank stands;
+# rank 0 is the one that differs, and its line lies inside of the `if`.
 #
 # ## A skipped collective
 #
@@ -180,8 +181,8 @@ hang = report(skipped)
 # %% [markdown]
 # ## Whom do they wait for?
 #
-# With several groups the rank that hangs is often not the one that is to blame. Four ranks form rows and columns, and
-# reduce first over rows, then over columns. The ranks are 0, 1 in the first row and 2, 3 in the second.
+# With several groups the rank that hangs is often not the one that is to blame. Four ranks form rows and columns,
+# and reduce first over rows, then over columns. The ranks are 0, 1 in the first row and 2, 3 in the second.
 #
 # **Question.** Two ranks wait, 0 and 2. Follow the groups: whom does rank 0 wait for, and who has started it all?
 
@@ -199,17 +200,17 @@ def rows_and_columns():
 chain = report(rows_and_columns, ranks=4)
 
 # %% [markdown]
-# Rank 0 waits in its column, for rank 2. Rank 2 waits in its row, for rank 3. Rank 3 waits for nobody: it has returned.
-# So it is rank 3 that has made one call too few. A hang is read this way round: not at the rank that complains, but
-# along the groups to the rank that waits for no one.
+# Rank 0 waits in its column, for rank 2. Rank 2 waits in its row, for rank 3. Rank 3 waits for nobody: it has
+# returned. So it is rank 3 that has made one call too few. A hang is read this way round: not at the rank that
+# complains, but along the groups to the rank that waits for no one.
 #
 # ## Torn splits
 #
-# In an all-to-all every rank states what it sends to each and what it receives from each. Nobody checks that the two
-# agree; here rank 0 sends two rows to rank 1, which expects one.
+# In an all-to-all every rank states what it sends to each and what it receives from each. Nobody checks that the
+# two agree; here rank 0 sends two rows to rank 1, which expects one.
 #
-# **Question.** On gloo this ends in "Connection reset by peer". What would you print, and on which ranks, to find out
-# why?
+# **Question.** On gloo this ends in "Connection reset by peer". What would you print, and on which ranks, to find
+# out why?
 
 
 # %%
@@ -227,8 +228,8 @@ splits = report(torn, ranks=2)
 #
 # ## What gloo does with programs like these
 #
-# The page "Broken programs" of the docs has 37 of them. The tests run each on virtual ranks, where it ends in an error;
-# for the page each was run once on gloo processes.
+# The page "Broken programs" of the docs has 37 of them. The tests run each on virtual ranks, where it ends in an
+# error; for the page each was run once on gloo processes.
 #
 # **Question.** How did they end there? Guess how many gave an error.
 
@@ -247,8 +248,8 @@ print(*(f"{count:2}  {end}" for end, count in counts.items()), sep="\n")
 #
 # ## Not by luck
 #
-# **Question.** A race that shows up in one run out of twenty is the worst kind. Twenty legal orders of the ranks are
-# drawn below: in how many is the missing wait reported?
+# **Question.** A race that shows up in one run out of twenty is the worst kind. Twenty legal orders of the ranks
+# are drawn below: in how many is the missing wait reported?
 
 # %%
 found = 0
@@ -294,8 +295,8 @@ assert sum(counts.values()) == len(on_gloo) == 37
 #
 # <details><summary>Answer</summary>
 #
-# Rank 0 has returned after one step. Ranks 1 and 2 wait in their second reduction, for rank 0; rank 2 never comes to
-# its third. The mend is to let all ranks decide alike: reduce the loss, and test the result.
+# Rank 0 has returned after one step. Ranks 1 and 2 wait in their second reduction, for rank 0; rank 2 never comes
+# to its third. The mend is to let all ranks decide alike: reduce the loss, and test the result.
 #
 # </details>
 #
