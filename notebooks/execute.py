@@ -11,6 +11,7 @@ import asyncio
 import importlib.util
 import os
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +25,10 @@ from nbconvert import MarkdownExporter
 
 FOLDER = Path(__file__).parent
 PAGES = FOLDER.parent / "docs" / "notebooks"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many kernels as cores
+for _, name in socket.if_nameindex():
+    if name in ("lo", "lo0"):  # without it gloo prints a warning where the host's name leads to no address
+        ENVIRONMENT.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 async def executed(source: Path, sockets: str) -> nbformat.NotebookNode:
@@ -37,7 +42,7 @@ async def executed(source: Path, sockets: str) -> nbformat.NotebookNode:
     )
     client.create_kernel_manager()
     client.km.transport, client.km.ip = "ipc", f"{sockets}/{source.stem}"
-    await client.async_execute(cwd=str(FOLDER.parent), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    await client.async_execute(cwd=str(FOLDER.parent), env=ENVIRONMENT)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
     notebook.metadata["jupytext"] = {"formats": "ipynb,py:percent"}

@@ -13,7 +13,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from .pictures import LABEL, DrawingError, Picture, colours_of, readable_on
 
@@ -53,9 +52,10 @@ def draw_tiles(
     widths = [max(width for width, _ in sizes[place::columns]) for place in range(min(columns, len(sizes)))]
     heights = [max(height for _, height in sizes[i : i + columns]) for i in range(0, len(sizes), columns)]
     picture = Picture(columns=1)
-    picture.set_size_inches(
-        max(3.0, tile * sum(widths) + 0.7 * len(widths)), tile * sum(heights) + 0.75 * len(heights) + 0.3
-    )
+    picture.set_layout_engine("compressed")  # for panels that keep their aspect
+    entries = min(len(owners), 8)  # of the legend, beside each other
+    width = max(3.0, tile * sum(widths) + 0.7 * len(widths), entries * (0.5 + 0.07 * len(f"{owner} 0")))
+    picture.set_size_inches(width, tile * sum(heights) + 0.8 * len(heights) + 0.5)
     grid = picture.add_gridspec(len(heights), len(widths), width_ratios=widths, height_ratios=heights)
     for place, (title, (values, own)) in enumerate(tables.items()):
         panel = picture.add_subplot(grid[divmod(place, columns)])
@@ -63,7 +63,15 @@ def draw_tiles(
         _label(panel, title, row if place % columns == 0 else "", column, *sizes[place])
     if owners:
         handles = [Patch(facecolor=colours[x], label=f"{owner} {x}") for x in owners]
-        picture.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=LABEL, frameon=False)
+        picture.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=entries,
+            fontsize=LABEL,
+            frameon=False,
+            columnspacing=1.2,
+            handlelength=1.5,
+        )
     return picture
 
 
@@ -72,7 +80,9 @@ def _draw_table(panel: Axes, values: Rows, owners: Rows, colours: Sequence[str])
         for x, (value, owner) in enumerate(zip(line, own, strict=True)):
             colour = NOTHING if owner is None else colours[owner]
             edge = "#CCCCCC" if owner is None else "white"
-            panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor=edge, linewidth=1))
+            panel.add_patch(
+                Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor=edge, linewidth=1)
+            )
             if value is not None:
                 panel.text(
                     x, y, str(value), ha="center", va="center", fontsize=LABEL - 1, color=readable_on(colour)
@@ -86,8 +96,8 @@ def _label(panel: Axes, title: str, row: str, column: str, width: int, height: i
     panel.set_xlabel(column, fontsize=LABEL)
     panel.set_ylabel(row, fontsize=LABEL)
     panel.tick_params(labelsize=LABEL - 1, length=2)
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    panel.set_xticks(range(0, width, -(-width // 12)))
+    panel.set_yticks(range(0, height, -(-height // 12)) if height > 1 else [])
     panel.set_title(title, fontsize=LABEL + 1)
     for side in panel.spines.values():
         side.set_visible(False)
@@ -95,7 +105,9 @@ def _label(panel: Axes, title: str, row: str, column: str, width: int, height: i
 
 def _table(title: str, values: Any, owners: Any) -> tuple[Rows, Rows]:
     """Values and owners as lists of lists, checked."""
-    values, owners = (x.tolist() if hasattr(x, "tolist") else [list(line) for line in x] for x in (values, owners))
+    values, owners = (
+        x.tolist() if hasattr(x, "tolist") else [list(line) for line in x] for x in (values, owners)
+    )
     lengths = [[len(line) for line in table] for table in (values, owners)]
     if lengths[0] != lengths[1] or not sum(lengths[0]):
         raise DrawingError(
