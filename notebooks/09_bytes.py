@@ -56,7 +56,9 @@ def attention(query, key, value):
     return F.scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(0, 1)
 
 
+# %%
 def mine(x):
+    """This rank's part."""
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -246,9 +248,7 @@ for kind, kv_heads in (("64 kv heads", 64), ("8 kv heads", 8)):
     both = np.array([on_paper(int(P), 2**17, 64, kv_heads, 128) for P in ranks]).T
     lines |= {f"ring, {kind}": both[1], f"Ulysses, {kind}": both[0]}
 
-# %% [markdown]
-# **Question.** With twice the ranks each has half of the work. For which methods do the bytes that a rank sends
-# fall as well?
+styles = dict(zip(lines, ("C7s-", "C1o--", "C0^--", "C1o-", "C0^-"), strict=True))
 
 
 # %%
@@ -256,16 +256,19 @@ def draw(lines):
     picture = Picture(columns=2)
     panel = picture.add_subplot(xlabel="ranks", ylabel="GiB sent by each rank", title="one layer, forward")
     panel.set_xscale("log", base=2), panel.set_yscale("log", base=2)
-    for (name, elements), style in zip(
-        lines.items(), ("C7s-", "C1o--", "C0^--", "C1o-", "C0^-"), strict=True
-    ):
-        panel.plot(ranks, 2 * elements / 2**30, style, label=name)
+    for name, elements in lines.items():
+        panel.plot(ranks, 2 * elements / 2**30, styles[name], label=name)
     panel.set_xticks(ranks, map(str, ranks))
     panel.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     picture.legend(loc="outside right center", fontsize=8, frameon=False)
     return picture
 
 
+# %% [markdown]
+# **Question.** With twice the ranks each has half of the work. For which methods do the bytes that a rank sends fall
+# as well?
+
+# %%
 draw(lines)
 
 # %% [markdown]
@@ -284,24 +287,27 @@ draw(lines)
 # attend to, and all wait for the slowest in every step.
 #
 # Let the work be the pairs of a query and a key that the mask allows. In each step a rank has the block of another.
-#
-# **Question.** 8 ranks with neighbouring tokens each: what part of the time is useful work? And if rank $r$ holds
-# the pieces $r$ and $15 - r$ of 16 ("zigzag")?
 
 
 # %%
+def work(queries, keys):
+    """Pairs of tokens that the mask allows; a token and itself count as half a pair."""
+    behind, same = queries[:, None] > keys, queries[:, None] == keys
+    return (behind.sum() + same.sum() / 2).item()
+
+
 def efficiency(pieces_of, ranks=8, tokens=64):
     pieces = torch.arange(tokens).chunk(2 * ranks)
     own = [torch.cat([pieces[piece] for piece in pieces_of(rank)]) for rank in range(ranks)]
-
-    def work(queries, keys):
-        behind, same = queries[:, None] > keys, queries[:, None] == keys
-        return (behind.sum() + same.sum() / 2).item()
-
     steps = [[work(own[rank], own[rank - step]) for rank in range(ranks)] for step in range(ranks)]
     return sum(map(sum, steps)) / ranks / sum(map(max, steps))
 
 
+# %% [markdown]
+# **Question.** 8 ranks with neighbouring tokens each: what part of the time is useful work? And if rank $r$ holds
+# the pieces $r$ and $15 - r$ of 16 ("zigzag")?
+
+# %%
 contiguous = efficiency(lambda rank: (2 * rank, 2 * rank + 1))
 zigzag = efficiency(lambda rank: (rank, 15 - rank))
 print(f"contiguous {contiguous:.1%}, zigzag {zigzag:.0%}")
@@ -362,6 +368,16 @@ for P in (2, 4):
 #
 # ## What this notebook claims, checked
 
+
+# %%
+def forward_and_backward(*qkv):
+    query, key, value = (x.clone().requires_grad_() for x in qkv)
+    ulysses(query, key, value).sum().backward()
+
+
+qkv = make_qkv(32, 16, 16)
+assert in_ledger(forward_and_backward, 4, *qkv) == 2 * in_ledger(ulysses, 4, *qkv)
+
 # %%
 for size, found in counted.items():
     assert np.allclose(found, on_paper(*size), rtol=1e-12)
@@ -380,16 +396,6 @@ assert lines["Ulysses, 64 kv heads"][-1] == lines["Ulysses, 8 kv heads"][-1]
 assert abs(contiguous - 4 / 7.5) < 1e-12 and zigzag == 1
 assert megabytes.tolist() == [84.672] * 8 and 75_600 // 8 == 9_450
 assert np.isclose(both[1] / both[0], 4 / 13) and both[1] / both[0] < 1 / 3
-
-
-# %%
-def forward_and_backward(*qkv):
-    query, key, value = (x.clone().requires_grad_() for x in qkv)
-    ulysses(query, key, value).sum().backward()
-
-
-both_ways = in_ledger(forward_and_backward, 4, *make_qkv(32, 16, 16))
-assert both_ways == 2 * in_ledger(ulysses, 4, *make_qkv(32, 16, 16))
 
 # %% [markdown]
 # ## Two puzzles
