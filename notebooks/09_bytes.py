@@ -200,8 +200,7 @@ print("by kind:", {kind: total.calls for kind, total in world.ledger.by_kind().i
 #
 # ## Many sizes
 #
-# **Question.** 16 query heads. The kv heads go down from 16 to 4, the ranks go up to 8. Where does Ulysses stop
-# getting cheaper with fewer kv heads?
+# The formulas, and what the ledger counts when a program runs.
 
 
 # %%
@@ -216,6 +215,10 @@ def in_ledger(program, ranks, *inputs):
     (sent,) = {*world.ledger.by_rank()[:, 0].tolist()}  # every rank sends the same
     return sent / inputs[0].itemsize
 
+
+# %% [markdown]
+# **Question.** 16 query heads; 16 and then 4 kv heads. On which number of ranks does Ulysses gain least from having
+# fewer of them, and why?
 
 # %%
 sizes = [(ranks, 32, 16, kv_heads) for ranks in (2, 4, 8) for kv_heads in (16, 4)]
