@@ -231,7 +231,7 @@ for size in sizes:
     print(f"{size[0]:5} {size[2]:6} {size[3]:9} {counted[size][0]:8.0f} {counted[size][1]:6.0f}")
 
 # %% [markdown]
-# With 4 kv heads on 8 ranks every kv head goes to two ranks: $r = 2$, and Ulysses sends as much as with 8 kv heads.
+# On 8 ranks: with 4 kv heads each of them goes to two ranks, $r = 2$, and Ulysses sends as much as with 8 kv heads.
 #
 # The last three rows have 8 query heads for each kv head. On 8 ranks the ring sends less, on 9 both send the same,
 # and on 12 the ring sends more. In general
