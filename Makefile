@@ -16,7 +16,7 @@ NOTEBOOKS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt
 
-.PHONY: demo test lint docs notebooks lab clean
+.PHONY: demo test lint docs explorer notebooks lab clean
 .NOTPARALLEL: # one virtual environment, one installation at a time
 .DELETE_ON_ERROR:
 
@@ -34,6 +34,12 @@ lint: .venv/installed-dev
 
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Only for whoever changes the explorer, or a line of seqpar_ref that it shows: docs/explorer.js is committed.
+explorer: .venv/installed-dev
+	$(BIN)/python explorer/from_python.py
+	npm --prefix explorer ci --no-audit --no-fund
+	npm --prefix explorer run build
 
 notebooks: .venv/installed-dev .venv/installed-demo # one of them reads with the demo's model
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
