@@ -113,3 +113,7 @@ def test_the_figures_are_what_their_script_draws():
     for name, figure in module.FIGURES.items():
         stored = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
         assert figure()._repr_svg_() == stored, f"{name} is stale: run python docs/figures/make.py"
+    for name, animation in module.ANIMATIONS.items():
+        stored = (ROOT / "docs" / "figures" / name).read_bytes()
+        assert animation() == stored, f"{name} is stale: run python docs/figures/make.py"
+        assert len(stored) < 500_000

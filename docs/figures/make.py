@@ -8,6 +8,7 @@ import torch
 from seqpar_ref import UlyssesBlock, make_plan
 from simulator import VirtualWorld
 from simulator.draw import Picture, draw_exchange
+from simulator.draw_motion import animate_exchange
 from simulator.draw_runs import draw_timeline
 
 FOLDER = Path(__file__).parent
@@ -25,6 +26,15 @@ def exchange() -> Picture:
         },
         plan.bytes(batch=1, head_dim=64, dtype=torch.float32),
         title="one attention layer: 4,096 tokens, 9 query heads and 3 kv heads on 4 ranks",
+    )
+
+
+def moving_exchange() -> bytes:
+    """The same heads and a few tokens, as blocks that go from rank to rank."""
+    plan = make_plan(ranks=4, heads=9, kv_heads=3, tokens=10, policy="balanced")
+    ranks = range(plan.ranks)
+    return animate_exchange(
+        [plan.tokens_of(rank) for rank in ranks], [plan.query_heads(rank) for rank in ranks]
     )
 
 
@@ -52,7 +62,12 @@ FIGURES = {
     "overlap_chunks.svg": partial(timeline, "chunks", 4, "in 4 chunks of heads"),
 }
 
+ANIMATIONS = {"exchange.gif": moving_exchange}
+
 if __name__ == "__main__":
+    for name, animation in ANIMATIONS.items():
+        (FOLDER / name).write_bytes(animation())
+        print(f"{name} written")
     for name, figure in FIGURES.items():
         (FOLDER / name).write_text(figure()._repr_svg_(), encoding="utf-8")
         print(f"{name} written")
