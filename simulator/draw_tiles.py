@@ -52,7 +52,7 @@ def draw_tiles(
     widths = [max(width for width, _ in sizes[place::columns]) for place in range(min(columns, len(sizes)))]
     heights = [max(height for _, height in sizes[i : i + columns]) for i in range(0, len(sizes), columns)]
     picture = Picture(columns=1)
-    picture.set_layout_engine("compressed")  # for panels that keep their aspect
+    picture.set_layout_engine("compressed", h_pad=0.09)  # for panels that keep their aspect
     entries = min(len(owners), 8)  # of the legend, beside each other
     width = max(3.0, tile * sum(widths) + 0.7 * len(widths), entries * (0.5 + 0.07 * len(f"{owner} 0")))
     picture.set_size_inches(width, tile * sum(heights) + 0.8 * len(heights) + 0.5)
