@@ -195,7 +195,9 @@ for name, way in ways.items():
 
 # %% [markdown]
 # Each chunk needs collectives and attention calls of its own, and these have a cost however little they carry. More
-# chunks hide more and cost more, so what is best depends on the sizes and the hardware: measure it on yours.
+# chunks hide more and cost more, so what is best depends on the sizes and the hardware. And these are times of a
+# model: no GPU has confirmed them, and on processes that share two CPU cores with gloo far less was hidden (the
+# page "Benchmarks" of the docs). `seqpar validate` measures it on the devices that you have.
 #
 # **Question.** Here is the plain order. In how many places does the blue lane of a rank stand still?
 
