@@ -30,6 +30,7 @@
 # needs: accelerate
 
 # %%
+import warnings
 from importlib.resources import files
 
 import torch
@@ -46,6 +47,7 @@ from simulator.draw import draw_exchange
 # **Question.** The text is the beginning of the US Constitution. How many characters has a token, about?
 
 # %%
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars need no widgets here
 text = (files("seqpar_ref") / "data" / "us_constitution.txt").read_text()[:1100]
 loaded, token_ids = read_smollm2(smollm2_file(), text)
 model = loaded.module  # a LlamaForCausalLM of transformers
