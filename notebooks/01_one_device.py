@@ -105,8 +105,7 @@ def layer(tensor):
     return (F.layer_norm(tensor.flatten(2), [heads * dim]) @ to_output).unflatten(2, (heads, dim))
 
 
-by_attention = depends(lambda tensor: attend(tensor, tensor, tensor))
-by_layer = depends(layer)
+by_attention, by_layer = depends(lambda tensor: attend(tensor, tensor, tensor)), depends(layer)
 
 # %% [markdown]
 # Rows are results and columns are inputs, both in the order head 0 with its six tokens, head 1 with its six tokens,

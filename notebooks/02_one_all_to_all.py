@@ -212,8 +212,7 @@ for rank, held in enumerate(head_ranges):
     assert torch.equal(results[rank], swapped[rank])
 assert [swapped[rank].numel() for rank in range(ranks)] == [12, 6, 6]
 assert (world.bytes == moved.numpy()).all()
-assert packed[0][6:9] == [2, 12, 22] and receivers[0][6:9] == [1, 1, 1]
-assert senders[2] == [0, 0, 0, 1, 1, 2]
+assert packed[0][6:9] == [2, 12, 22] and receivers[0][6:9] == [1, 1, 1] and senders[2] == [0, 0, 0, 1, 1, 2]
 assert groups == [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3
 assert not two.bytes[:3, 3:].any() and not two.bytes[3:, :3].any()
 assert moved.sum(dim=1).tolist() == [48, 48, 24] and moved.sum(dim=0).tolist() == [48, 32, 40]

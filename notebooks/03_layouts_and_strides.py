@@ -133,10 +133,8 @@ except BufferError as error:
 # ## Name the layout, and let one place do the moving
 #
 # `seqpar_ref` takes the layout as a name, packs from whatever strides the tensor has, and makes its buffers itself. So
-# there is nothing to permute before, and nothing to make contiguous.
-#
-# **Question.** Below, each rank passes its tokens three times: in three layouts, two of them as views. Which results
-# differ, once they are read in one order?
+# there is nothing to permute before, and nothing to make contiguous. Below, each rank passes its tokens three times: in
+# three layouts, two of them as views.
 
 # %%
 plan = make_plan(ranks=ranks, heads=heads, tokens=ranks * tokens)
@@ -151,9 +149,14 @@ def three_ways():
     return results
 
 
+# %% [markdown]
+# **Question.** Which of the three results differ, once they are read in one order? And what does rank 1 have in row 1
+# of the batch?
+
+# %%
 results = VirtualWorld(ranks).run(three_ways)
 print([torch.equal(results[1][name], results[1]["b s h d"]) for name in layouts])
-print("rank 1, batch row 1:", results[1]["b s h d"][1, :, :, 0].int().tolist())
+print(results[1]["b s h d"][1, :, :, 0].int().tolist())
 
 # %% [markdown]
 # Rank 1 has all six tokens of heads 2 and 3, in order. What if the name is wrong? The plan knows how many tokens and

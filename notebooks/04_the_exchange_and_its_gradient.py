@@ -183,8 +183,7 @@ plan = make_plan(ranks=ranks, heads=sum(heads), tokens=tokens)
 
 
 def inverse():
-    rank = dist.get_rank()
-    shard = torch.randn(2, tokens[rank], sum(heads), 5, requires_grad=True)
+    shard = torch.randn(2, tokens[dist.get_rank()], sum(heads), 5, requires_grad=True)
     result = sequence_to_heads(shard, plan)
     upstream = torch.randn_like(result)
     (gradient,) = torch.autograd.grad(result, shard, upstream)

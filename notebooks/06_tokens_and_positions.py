@@ -113,8 +113,6 @@ draw_tiles(panels, row="query token", column="key token", owner="query on rank",
 # into what they take for the future.
 #
 # Now with attention. Each rank turns its own tokens **before** the exchange; it needs their positions and no others.
-#
-# **Question.** Which of the eight outputs does the bug leave right?
 
 
 # %%
@@ -127,6 +125,10 @@ def program(plan, query, key, value, count_from_0):
     return DistributedAttention(plan=plan)(query, key, value, is_causal=True)
 
 
+# %% [markdown]
+# **Question.** Which of the eight outputs does the bug leave right?
+
+# %%
 turned = [apply_rotary(tensor, everywhere) for tensor in (query, key)]
 whole = plain_attention(*turned, value, is_causal=True)
 outputs = [
@@ -142,8 +144,6 @@ for name, output in zip(("global positions", "positions by rank"), outputs, stri
 # ## Before or after?
 #
 # After the exchange a rank has all tokens, so it could as well turn them then, with all positions.
-#
-# **Question.** Is the result another one? And which way is cheaper, if a kv head goes to several ranks?
 
 
 # %%
@@ -153,6 +153,11 @@ def turn_inside(query, key, value, **options):
     return plain_attention(apply_rotary(query, positions), apply_rotary(key, positions), value, **options)
 
 
+# %% [markdown]
+# **Question.** Is the result another one? And which way is cheaper, if a kv head goes to several ranks?
+
+
+# %%
 def after():
     own = plan.tokens_of(dist.get_rank())
     qkv = [tensor[:, own.start : own.stop] for tensor in (query, key, value)]

@@ -38,7 +38,7 @@ async def executed(source: Path, sockets: str) -> nbformat.NotebookNode:
     """
     notebook = jupytext.read(source)
     client = NotebookClient(
-        notebook, kernel_name="python3", timeout=120, record_timing=False, coalesce_streams=True
+        notebook, kernel_name="python3", timeout=300, record_timing=False, coalesce_streams=True
     )
     client.create_kernel_manager()
     client.km.transport, client.km.ip = "ipc", f"{sockets}/{source.stem}"
@@ -110,7 +110,7 @@ async def run(sources: list[Path], check: bool) -> int:
             print(f"[{done}/{len(sources)}] {source.name}: " + "\n    ".join(lines), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="kernels-") as sockets:
-        await asyncio.gather(*map(one, sources))
+        await asyncio.gather(*map(one, reversed(sources)))  # the last ones take longest, so they start first
     return bad
 
 

@@ -13,6 +13,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
+pytestmark = pytest.mark.timeout(300)  # all of them are executed in the first test that asks
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 
@@ -20,7 +21,7 @@ SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 def execute(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(root / "notebooks" / "execute.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
