@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: e01f8b5091ac472939c80b324200423d688797aa6e7a0674b366175a0c81378c
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: d0cf3fe1c611c1d159add41e2808114039cdcbaa1f8a19a2ba068b42cea77e3c
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -279,24 +279,20 @@ var seqparExplorer = (() => {
   var runsOfTensor = (plan, tensor) => plan.headRuns[tensor === "query" || tensor === "output" ? "query" : "kv"];
   var totalHeads = (plan, tensor) => tensor === "query" || tensor === "output" ? plan.heads : plan.kvHeads;
   function cutOf(tensors, parts) {
-    const once = parts.every(isOnce);
-    const strided = parts.every((part) => hasStep(part.runs));
     const alone = (part) => part.runs.length === 1 || part.before === 1n;
-    if (parts.length === 1 && once && alone(parts[0])) {
-      return { tensors, parts, packs: "in order", unpacks: "in order" };
-    }
-    return { tensors, parts, packs: strided ? "strided" : "ragged", unpacks: strided && once ? "strided" : "ragged" };
+    if (parts.length === 1 && isOnce(parts[0]) && alone(parts[0])) return { tensors, parts, way: "in order" };
+    return { tensors, parts, way: parts.every((part) => hasStep(part.runs)) ? "strided" : "ragged" };
   }
   var isOnce = (part) => sum(part.runs.map(count)) === part.total;
   function hasStep(runs) {
     const steps = runs.slice(1).map((run, i) => run.first - runs[i].first);
     return new Set(runs.map(count)).size <= 1 && new Set(steps).size <= 1;
   }
-  function mayKeep({ parts, unpacks }, rank, ranks) {
+  function mayKeep({ parts, way }, rank, ranks) {
     const strided = parts.every((part) => isOnce(part) && hasStep(part.runs));
-    return strided && (rank === 0 || rank === ranks - 1 || unpacks !== "in order");
+    return strided && (rank === 0 || rank === ranks - 1 || way !== "in order");
   }
-  function laidOut({ tensors, parts, packs, unpacks }, kept) {
+  function laidOut({ tensors, parts, way }, kept) {
     const pieces = [];
     let end = 0n;
     for (let rank = 0; rank < parts[0].runs.length; rank++) {
@@ -307,7 +303,7 @@ var seqparExplorer = (() => {
         pieces.push({ tensor: tensors[i], rank, begin, end });
       });
     }
-    return { tensors, pieces, elements: end, kept: kept !== null, packs, unpacks };
+    return { tensors, pieces, elements: end, kept: kept !== null, way };
   }
 
   // setting.ts
@@ -1253,7 +1249,7 @@ var seqparExplorer = (() => {
       return those.length > 0 ? [{ ...LINES[key], ranks: said }] : [];
     };
     const ways = (verb) => ["in order", "strided", "ragged"].flatMap(
-      (way) => where(`${verb.slice(0, -1)} ${way}`, (rank) => cutsOf(exchange, step, rank).some((cut) => cut[verb] === way))
+      (way) => where(`${verb} ${way}`, (rank) => cutsOf(exchange, step, rank).some((cut) => cut.way === way))
     );
     const keeps = (rank) => (isBack(step) ? [exchange.back[rank]] : exchange.there[rank]).some((route) => route.byHeads.kept);
     const hasHeads = (rank) => count(exchange.plan.headRuns.query[rank]) > 0;
@@ -1261,9 +1257,9 @@ var seqparExplorer = (() => {
       case "shards":
         return [everywhere("shards")];
       case "pack":
-        return ways("packs");
+        return ways("pack");
       case "pack output":
-        return [everywhere("back"), ...ways("packs")];
+        return [everywhere("back"), ...ways("pack")];
       case "in flight":
       case "output in flight":
         return [everywhere("in flight"), ...where("kept", keeps)];
@@ -1278,7 +1274,7 @@ var seqparExplorer = (() => {
           ...where("no heads", (rank) => !hasHeads(rank))
         ];
       default:
-        return ways("unpacks");
+        return ways("unpack");
     }
   }
   function factsOf(exchange, step, block, rank, slice) {

@@ -5,7 +5,7 @@ import { count, sum, vectors, type Plan, type Run } from "./plan.js";
 export const LAYOUTS = ["b s h d", "s b h d", "b h s d"];
 export type Tensor = "query" | "key" | "value" | "output";
 
-/** How a cut is packed and unpacked; see the docstring of wire.py. */
+/** How a cut is packed, and, where no head is in it twice, unpacked; see the docstring of wire.py. */
 export type Way = "in order" | "strided" | "ragged";
 
 export interface Sizes {
@@ -27,8 +27,7 @@ export interface Cut {
   pieces: Piece[];
   elements: bigint;
   kept: boolean;
-  packs: Way;
-  unpacks: Way;
+  way: Way;
 }
 
 export interface Route {
@@ -94,18 +93,13 @@ interface Part {
 interface Ways {
   tensors: Tensor[];
   parts: Part[];
-  packs: Way;
-  unpacks: Way;
+  way: Way;
 }
 
 function cutOf(tensors: Tensor[], parts: Part[]): Ways {
-  const once = parts.every(isOnce);
-  const strided = parts.every((part) => hasStep(part.runs));
   const alone = (part: Part): boolean => part.runs.length === 1 || part.before === 1n;
-  if (parts.length === 1 && once && alone(parts[0])) {
-    return { tensors, parts, packs: "in order", unpacks: "in order" };
-  }
-  return { tensors, parts, packs: strided ? "strided" : "ragged", unpacks: strided && once ? "strided" : "ragged" };
+  if (parts.length === 1 && isOnce(parts[0]) && alone(parts[0])) return { tensors, parts, way: "in order" };
+  return { tensors, parts, way: parts.every((part) => hasStep(part.runs)) ? "strided" : "ragged" };
 }
 
 const isOnce = (part: Part): boolean => sum(part.runs.map(count)) === part.total;
@@ -117,12 +111,12 @@ function hasStep(runs: Run[]): boolean {
 }
 
 /** Where memory and buffer are the same, what the others get has to be one piece of it. */
-function mayKeep({ parts, unpacks }: Ways, rank: number, ranks: number): boolean {
+function mayKeep({ parts, way }: Ways, rank: number, ranks: number): boolean {
   const strided = parts.every((part) => isOnce(part) && hasStep(part.runs));
-  return strided && (rank === 0 || rank === ranks - 1 || unpacks !== "in order");
+  return strided && (rank === 0 || rank === ranks - 1 || way !== "in order");
 }
 
-function laidOut({ tensors, parts, packs, unpacks }: Ways, kept: number | null): Cut {
+function laidOut({ tensors, parts, way }: Ways, kept: number | null): Cut {
   const pieces: Piece[] = [];
   let end = 0n;
   for (let rank = 0; rank < parts[0].runs.length; rank++) {
@@ -133,5 +127,5 @@ function laidOut({ tensors, parts, packs, unpacks }: Ways, kept: number | null):
       pieces.push({ tensor: tensors[i], rank, begin, end });
     });
   }
-  return { tensors, pieces, elements: end, kept: kept !== null, packs, unpacks };
+  return { tensors, pieces, elements: end, kept: kept !== null, way };
 }

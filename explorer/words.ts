@@ -39,9 +39,9 @@ export function codeOf(exchange: Exchange, step: Step): Code[] {
     const said = those.length === ranks.length ? "" : `on ${ranksInWords(those)}`;
     return those.length > 0 ? [{ ...LINES[key], ranks: said }] : [];
   };
-  const ways = (verb: "packs" | "unpacks"): Code[] =>
+  const ways = (verb: "pack" | "unpack"): Code[] =>
     (["in order", "strided", "ragged"] as const).flatMap((way) =>
-      where(`${verb.slice(0, -1)} ${way}`, (rank) => cutsOf(exchange, step, rank).some((cut) => cut[verb] === way)),
+      where(`${verb} ${way}`, (rank) => cutsOf(exchange, step, rank).some((cut) => cut.way === way)),
     );
   const keeps = (rank: number): boolean =>
     (isBack(step) ? [exchange.back[rank]] : exchange.there[rank]).some((route) => route.byHeads.kept);
@@ -50,9 +50,9 @@ export function codeOf(exchange: Exchange, step: Step): Code[] {
     case "shards":
       return [everywhere("shards")];
     case "pack":
-      return ways("packs");
+      return ways("pack");
     case "pack output":
-      return [everywhere("back"), ...ways("packs")];
+      return [everywhere("back"), ...ways("pack")];
     case "in flight":
     case "output in flight":
       return [everywhere("in flight"), ...where("kept", keeps)];
@@ -67,7 +67,7 @@ export function codeOf(exchange: Exchange, step: Step): Code[] {
         ...where("no heads", (rank) => !hasHeads(rank)),
       ];
     default:
-      return ways("unpacks");
+      return ways("unpack");
   }
 }
 

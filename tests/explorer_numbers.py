@@ -5,6 +5,7 @@ The page computes in JavaScript. Tests run it in node, or in the browser, by a f
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-WRONG = ("", "-1", "0", "2.5", "1e300", "1e-7", "x", "it's", "7", "300000000", "99999999999999999999")
+WRONG = ("", "-1", "0", "2.5", "1e300", "1e17", "1e-7", "x", "it's", "7", "300000000", "99999999999999999999")
 
 
 def drawn_settings(count: int = 330) -> list[Setting]:
@@ -53,6 +54,29 @@ def drawn_settings(count: int = 330) -> list[Setting]:
             setting[draw.choice(list(setting))] = draw.choice(WRONG)
         settings.append(setting)
     return settings
+
+
+def settings_at_bounds() -> list[Setting]:
+    """Where one more, or one less, decides."""
+    small = {"ranks": "8", "heads": "2", "kv_heads": "2", "policy": "auto", "layout": "b s h d", "batch": "1"}
+    small |= {"tokens": "8", "head_dim": "1", "dtype": "float32"}
+    many = {
+        **small,
+        "ranks": "1",
+        "heads": str(2**10),
+        "kv_heads": "1",
+        "tokens": str(2**30),
+        "head_dim": str(2**10),
+    }
+    smollm = {**small, "ranks": "4", "heads": "9", "kv_heads": "3"}
+    return [
+        *({**small, "tokens": str(2**44 - less)} for less in (0, 1)),  # tokens times heads times ranks: 2**48
+        *({**many, "batch": str(2**9 - less)} for less in (0, 1)),  # what Plan.bytes can count
+        *(
+            {**smollm, "tokens": tokens} for tokens in ("0, 0, 1, 5", "0, 1, 1, 5")
+        ),  # kv heads decide for "auto"
+        *({**small, "heads": "4", "kv_heads": kv_heads} for kv_heads in ("3", "5", "0", "")),
+    ]
 
 
 def by_rank(draw: random.Random, ranks: int) -> str:
@@ -124,7 +148,7 @@ def expected(setting: Setting) -> dict[str, Any]:
 
 def check_numbers(run: Run) -> None:
     """Every drawn setting has the plan, the vectors, the bytes or the error of Python."""
-    settings = drawn_settings()
+    settings = [*drawn_settings(), *settings_at_bounds()]
     refused = 0
     for setting, answer in zip(settings, run("answer", settings), strict=True):
         said = expected(setting)
@@ -239,6 +263,26 @@ class World:
             pairs = [(other, rank) if own == "headsOf" else (rank, other) for other in range(self.plan.ranks)]
             assert others == {pair for pair in pairs if self.block(frame["name"], *pair).numel()}
             check_areas(frame["tiles"])
+            self.check_widths(frame, own)
+
+    def check_widths(self, frame: Any, own: str) -> None:
+        """Blocks are to scale, in heads or in tokens; one of a thin block is 0.4 of the mean width."""
+        plan, layout = self.plan, self.layout
+        if own == "headsOf":
+            lengths = {rank: float(len(plan.tokens_of(rank))) for rank in range(plan.ranks)}
+        else:
+            kind = "query" if frame["name"] in ("query", "output") else "kv"
+            held = [plan.head_runs[kind][rank] for rank in range(plan.ranks)]  # type: ignore[index]
+            holders = Counter(head for run in held for head in run)
+            lengths = {rank: sum(1 / holders[head] for head in run) for rank, run in enumerate(held)}
+        total, thinnest = sum(lengths.values()), 0.4 / max(1, sum(length > 0 for length in lengths.values()))
+        widths = {rank: max(length / total, thinnest) for rank, length in lengths.items() if length}
+        across = (own == "headsOf") == (layout.sequence == 2)
+        rows = 1 if across or layout.name == "s b h d" else self.all["query"].shape[layout.batch]
+        for tile in frame["tiles"]:
+            other = tile["tokensOf"] if own == "headsOf" else tile["headsOf"]
+            width = tile["at"]["width" if across else "height"] * rows
+            assert abs(width - widths[other] / sum(widths.values())) < 1e-9
 
     def routes(self, names: tuple[str, ...]) -> dict[tuple[str, ...], list[Route]]:
         """By the tensors that travel together, the route of each rank."""
