@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: d0cf3fe1c611c1d159add41e2808114039cdcbaa1f8a19a2ba068b42cea77e3c
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 2967d12666133f5cf3a58e1a362539d8ff220a9ae23388ee1039c7309cddf09f
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -156,7 +156,10 @@ var seqparExplorer = (() => {
     }
     return values.map((value) => {
       if (typeof value !== "bigint") {
-        throw planError(`${name} holds ${repr(value)}, a ${kindOf(value)}.`, "Use integers, not floats or bools.");
+        throw planError(
+          `${name} holds ${repr(value)}, a ${kindOf(value)}.`,
+          "Use integers, not floats or bools."
+        );
       }
       if (value < 0n) throw planError(`${name} holds ${value}.`, "Use integers of at least 0.");
       return value;
@@ -227,7 +230,9 @@ var seqparExplorer = (() => {
     return { kv, "kv once": once };
   }
   function costOf(plan) {
-    const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map((r) => r.map(count));
+    const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map(
+      (r) => r.map(count)
+    );
     const copies = sum(kv);
     let [fullest, busiest] = [0, 0];
     for (let rank = 0; rank < plan.ranks; rank++) {
@@ -243,7 +248,9 @@ var seqparExplorer = (() => {
   var FUSED_UP_TO = 2n ** 18n;
   function wireOf(plan, { batch, headDim, itemSize }) {
     const pairs = BigInt(Math.max(1, plan.ranks * (plan.ranks - 1)));
-    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map((matrix) => BigInt(sum(matrix.map(sum))));
+    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map(
+      (matrix) => BigInt(sum(matrix.map(sum)))
+    );
     const mean = batch * itemSize * headDim * (query + 2n * kv) / pairs;
     return mean <= FUSED_UP_TO ? "fused" : "pipelined";
   }
@@ -253,7 +260,11 @@ var seqparExplorer = (() => {
     const runs = tensors.map((tensor) => runsOfTensor(plan, tensor));
     const totals = tensors.map((tensor) => totalHeads(plan, tensor));
     const ownTokens = BigInt(count(plan.tokenRuns[rank]));
-    const lengths = (tokens2, heads2) => ({ b: sizes.batch, s: tokens2, h: heads2 });
+    const lengths = (tokens2, heads2) => ({
+      b: sizes.batch,
+      s: tokens2,
+      h: heads2
+    });
     const product = (dims, length) => dims.reduce((total, dim) => total * length[dim], 1n);
     const heads = cutOf(
       tensors,
@@ -320,10 +331,16 @@ var seqparExplorer = (() => {
     step: "shards"
   };
   var PRESETS = {
-    even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8" },
-    uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3" },
-    replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2" },
-    "fewer heads than ranks": { ranks: "4", tokens: "3, 5, 0, 2", heads: "3", kv_heads: "" }
+    even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8", policy: "balanced" },
+    uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3", policy: "balanced" },
+    replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2", policy: "balanced" },
+    "fewer heads than ranks": {
+      ranks: "4",
+      tokens: "3, 5, 0, 2",
+      heads: "3",
+      kv_heads: "",
+      policy: "balanced"
+    }
   };
   var DRAWN_RANKS = 16;
   function worldOf(setting) {
@@ -1094,7 +1111,9 @@ var seqparExplorer = (() => {
       case "pack":
         return exchange.there[rank].flatMap((route) => buffers(exchange, route, route.byHeads, "send", rank));
       case "arrived":
-        return exchange.there[rank].flatMap((route) => buffers(exchange, route, route.byTokens, "receive", rank));
+        return exchange.there[rank].flatMap(
+          (route) => buffers(exchange, route, route.byTokens, "receive", rank)
+        );
       case "unpack":
         return ["query", "key", "value"].map((tensor) => whole(exchange, tensor, rank));
       case "attention":
@@ -1148,7 +1167,13 @@ var seqparExplorer = (() => {
       const slice = sliceOf(tensor, exchange.layout, ":", `${run.first}:${run.end}`);
       return placed(exchange, { tensor, tokensOf: rank, headsOf }, tokens[0], heads[headsOf], slice);
     });
-    return tensorFrame(exchange, tensor, BigInt(count(plan.tokenRuns[rank])), BigInt(totalHeads(plan, tensor)), tiles);
+    return tensorFrame(
+      exchange,
+      tensor,
+      BigInt(count(plan.tokenRuns[rank])),
+      BigInt(totalHeads(plan, tensor)),
+      tiles
+    );
   }
   function whole(exchange, tensor, rank) {
     const { plan } = exchange;
@@ -1171,7 +1196,12 @@ var seqparExplorer = (() => {
     const [down, across] = layout === "b h s d" ? [heads, tokens] : [tokens, heads];
     const rows = layout.startsWith("s") ? 1 : Number(sizes.batch < SHOWN_ROWS ? sizes.batch : SHOWN_ROWS);
     return Array.from({ length: rows }, (_, row) => {
-      const at = { left: across[0], width: across[1] - across[0], top: (row + down[0]) / rows, height: (down[1] - down[0]) / rows };
+      const at = {
+        left: across[0],
+        width: across[1] - across[0],
+        top: (row + down[0]) / rows,
+        height: (down[1] - down[0]) / rows
+      };
       return { ...block, at, slice };
     });
   }
@@ -1182,7 +1212,9 @@ var seqparExplorer = (() => {
     const tiles = cut.pieces.flatMap((piece, i) => {
       if (piece.begin === piece.end) return [];
       const at = { left: spans[i][0], width: spans[i][1] - spans[i][0], top: 0, height: 1 };
-      return [{ ...blockOf(piece.tensor, piece.rank), at, slice: `${verb} buffer[${piece.begin}:${piece.end}]` }];
+      return [
+        { ...blockOf(piece.tensor, piece.rank), at, slice: `${verb} buffer[${piece.begin}:${piece.end}]` }
+      ];
     });
     const names = cut.tensors.length > 1 ? "query, key, value" : cut.tensors[0];
     const buffer = {
@@ -1192,7 +1224,14 @@ var seqparExplorer = (() => {
       weight: 1,
       tiles
     };
-    return cut.kept ? [buffer, keptFrame(exchange, cut.tensors.map((tensor) => blockOf(tensor, rank)), names)] : [buffer];
+    return cut.kept ? [
+      buffer,
+      keptFrame(
+        exchange,
+        cut.tensors.map((tensor) => blockOf(tensor, rank)),
+        names
+      )
+    ] : [buffer];
   }
   function keptFrame(exchange, blocks, names) {
     const spans = spread(blocks.map((block) => Number(elementsOf(exchange, block))));
@@ -1290,7 +1329,10 @@ var seqparExplorer = (() => {
     const sent = from === to ? `stays on rank ${from}, none are sent` : `sent from rank ${from} to rank ${to}`;
     return [
       { name: "block", text: `${block.tensor}, ${tokens}, ${heads}` },
-      { name: "owner", text: `rank ${block.tokensOf} of the tokens, rank ${block.headsOf} of the heads${copies}` },
+      {
+        name: "owner",
+        text: `rank ${block.tokensOf} of the tokens, rank ${block.headsOf} of the heads${copies}`
+      },
       { name: "slice", text: rank === null ? slice : `${slice} on rank ${rank}` },
       { name: "bytes", text: `${grouped(bytes)} bytes, ${sent}` }
     ];
@@ -1318,7 +1360,9 @@ var seqparExplorer = (() => {
   }
   function sharing(runs, rank) {
     const own = runs[rank];
-    return runs.flatMap((run, other) => other !== rank && run.first < own.end && own.first < run.end ? [other] : []);
+    return runs.flatMap(
+      (run, other) => other !== rank && run.first < own.end && own.first < run.end ? [other] : []
+    );
   }
 
   // tiles.ts
@@ -1334,11 +1378,18 @@ var seqparExplorer = (() => {
     const most = Math.max(1, ...exchange.plan.tokenRuns.map(count));
     const cards = exchange.plan.tokenRuns.map((tokens, rank) => {
       const tall = step === "shards" || step === "unpack output" ? count(tokens) / most : 1;
-      const frames = framesOf(exchange, step, rank).map((frame) => drawFrame(exchange, step, rank, frame, tall));
+      const frames = framesOf(exchange, step, rank).map(
+        (frame) => drawFrame(exchange, step, rank, frame, tall)
+      );
       const notes = step === "attention" ? [drawUses(exchange, rank)] : [];
       return drawCard(exchange, rank, make("div", { class: "frames" }, ...frames), ...notes);
     });
-    return make("div", {}, make("p", { class: "axes" }, axesOf(exchange, step)), make("div", { class: "cards" }, ...cards));
+    return make(
+      "div",
+      {},
+      make("p", { class: "axes" }, axesOf(exchange, step)),
+      make("div", { class: "cards" }, ...cards)
+    );
   }
   function axesOf({ layout, sizes }, step) {
     if (step.includes("pack") !== step.includes("unpack") || step.includes("arrived")) {
@@ -1366,7 +1417,8 @@ var seqparExplorer = (() => {
       const row = rows.get(keyOf(tile)) ?? 0;
       rows.set(keyOf(tile), row + 1);
       const button = drawTile(exchange, step, tile, factsOf(exchange, step, tile, rank, tile.slice), row);
-      if (frame.kind === "buffer" && i > 0 && chunkOf(tile) !== chunkOf(frame.tiles[i - 1])) button.classList.add("first");
+      if (frame.kind === "buffer" && i > 0 && chunkOf(tile) !== chunkOf(frame.tiles[i - 1]))
+        button.classList.add("first");
       for (const [side, part] of Object.entries(tile.at)) button.style.setProperty(side, `${100 * part}%`);
       return button;
     });
@@ -1399,7 +1451,12 @@ var seqparExplorer = (() => {
     });
     const elements = blocks.reduce((total, block) => total + elementsOf(exchange, block), 0n);
     const sent = sender === receiver ? "stays" : `${grouped(elements * exchange.sizes.itemSize)} B`;
-    return make("td", sender === receiver ? { class: "stays" } : {}, make("div", { class: "area" }, ...tiles), sent);
+    return make(
+      "td",
+      sender === receiver ? { class: "stays" } : {},
+      make("div", { class: "area" }, ...tiles),
+      sent
+    );
   }
   function drawTile(exchange, step, block, facts, row) {
     const colours = COLOURS[exchange.plan.ranks];
@@ -1432,7 +1489,9 @@ var seqparExplorer = (() => {
   function drawUses(exchange, rank) {
     const { uses, expand } = usesOf(exchange, rank);
     if (uses.length === 0) return make("p", { class: "uses" }, "No heads: the local attention is not called.");
-    const said = uses.map(([run, head]) => `query head${count(run) > 1 ? "s" : ""} ${describe(run)} with kv head ${head}`);
+    const said = uses.map(
+      ([run, head]) => `query head${count(run) > 1 ? "s" : ""} ${describe(run)} with kv head ${head}`
+    );
     const more = count(exchange.plan.headRuns.kv[rank]) > uses.length ? ", ..." : "";
     const copied = expand ? " These shares differ, so each query head gets a copy of its kv head." : "";
     return make("p", { class: "uses" }, `${said.join(", ")}${more}.${copied}`);
@@ -1452,7 +1511,11 @@ var seqparExplorer = (() => {
     heads: { label: "query heads", hint: "query heads in all" },
     kv_heads: { label: "kv heads", hint: "kv heads in all; as many as query heads if empty" },
     policy: { label: "method", hint: "how query heads are divided: policy of make_plan", choices: METHODS },
-    layout: { label: "layout", hint: "order of the dims: batch, sequence, heads, dim", choices: named(LAYOUTS) },
+    layout: {
+      label: "layout",
+      hint: "order of the dims: batch, sequence, heads, dim",
+      choices: named(LAYOUTS)
+    },
     batch: { label: "batch", hint: "rows of the batch" },
     head_dim: { label: "head dim", hint: "elements of one vector" },
     dtype: { label: "dtype", hint: "what travels", choices: named(Object.keys(ITEM_SIZES)) }
@@ -1507,10 +1570,16 @@ var seqparExplorer = (() => {
       if (!old || now.width === 0 || now.height === 0) continue;
       const shift = `translate(${old.left - now.left}px, ${old.top - now.top}px)`;
       const scale = `scale(${old.width / now.width}, ${old.height / now.height})`;
-      tile.animate([{ transform: `${shift} ${scale}`, zIndex: 2 }, { transform: "none", zIndex: 2 }], {
-        duration: MILLISECONDS,
-        easing: "ease-in-out"
-      });
+      tile.animate(
+        [
+          { transform: `${shift} ${scale}`, zIndex: 2 },
+          { transform: "none", zIndex: 2 }
+        ],
+        {
+          duration: MILLISECONDS,
+          easing: "ease-in-out"
+        }
+      );
     }
   }
   function neighbour(tiles, from, key) {
@@ -1531,7 +1600,7 @@ var seqparExplorer = (() => {
   }
 
   // style.css
-  var style_default = ':host {\n  --paper: var(--md-default-bg-color, #fff);\n  --ink-page: var(--md-typeset-color, #222);\n  --quiet: var(--md-default-fg-color--light, #666);\n  --line: var(--md-default-fg-color--lighter, #ccc);\n  --raised: var(--md-code-bg-color, #f5f5f5);\n  --chosen: var(--md-typeset-a-color, #3949ab);\n  display: block;\n  color: var(--ink-page);\n  font-size: 0.7rem;\n  line-height: 1.4;\n}\n* { box-sizing: border-box; }\n[hidden] { display: none !important; }\nh3 { margin: 0.8rem 0 0.2rem; font-size: 0.9rem; }\nh4 { margin: 0 0 0.3rem; font-size: 0.75rem; }\np { margin: 0.3rem 0; }\nsmall, .axes, figcaption, .uses, caption { color: var(--quiet); font-weight: normal; font-size: 0.6rem; }\npre, code { font-family: var(--md-code-font-family, ui-monospace, monospace); font-size: 0.62rem; }\npre { margin: 0; padding: 0.4rem 0.6rem; overflow-x: auto; background: var(--raised); border-radius: 0.1rem; }\nfigure { margin: 0; min-width: 0; }\nbutton, input, select {\n  font: inherit;\n  color: inherit;\n  background: var(--paper);\n  border: 1px solid var(--quiet);\n  border-radius: 0.15rem;\n  padding: 0.2rem 0.4rem;\n}\nbutton { cursor: pointer; }\nbutton:disabled { opacity: 0.4; cursor: default; }\n:focus-visible { outline: 3px solid var(--chosen); outline-offset: 1px; }\n\n.controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 0.4rem 0.6rem; }\n.controls label { display: grid; gap: 0.1rem; font-size: 0.62rem; color: var(--quiet); }\n.controls input, .controls select { width: 100%; min-width: 0; font-size: 0.7rem; color: var(--ink-page); }\n.presets button { margin: 0.1rem 0.2rem 0.1rem 0; font-size: 0.62rem; }\n.error { border-left: 0.2rem solid #d55e00; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.7rem; }\n\n.stepper { display: flex; gap: 0.4rem; align-items: start; margin-top: 0.6rem; }\n.stepper [role="tablist"] { display: flex; flex-wrap: wrap; gap: 0.2rem; flex: 1; }\n.stepper [role="tab"] { font-size: 0.62rem; }\n.stepper [aria-selected="true"] { background: var(--chosen); border-color: var(--chosen); color: var(--paper); }\n.turn { font-weight: bold; }\n@media (max-width: 40rem) { .stepper [role="tab"] span { display: none; } }\n\n.code { display: grid; gap: 0.3rem; margin: 0.4rem 0; }\n.code figcaption code { color: var(--ink-page); }\n.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0.5rem; }\n.card { border: 1px solid var(--line); border-radius: 0.2rem; padding: 0.4rem; min-width: 0; }\n.frames { display: flex; flex-wrap: wrap; gap: 0.4rem 0.5rem; align-items: end; }\n.tensor { flex: 1 1 3.6rem; }\n.buffer { flex: 1 1 100%; }\n.kept { flex: 1 1 100%; }\n.kept .area { border-style: dashed; max-width: 50%; }\n.area {\n  position: relative;\n  height: max(calc(1.6rem + 4.4rem * var(--tall, 1)), min(20rem, 0.85rem * var(--bands, 1)));\n  border: 1px solid var(--line);\n  min-width: 2.4rem;\n}\n.buffer .area, .kept .area, .flight .area { height: 1.9rem; }\n.area i { padding: 0 0.3rem; color: var(--quiet); font-size: 0.6rem; }\n.swatch { display: inline-block; width: 0.7em; height: 0.7em; border: 1px solid var(--quiet); }\n\n.tile {\n  position: absolute;\n  top: 0;\n  height: 100%;\n  margin: 0;\n  padding: 0 0 0 6px;\n  overflow: hidden;\n  container-type: size;\n  color: var(--ink);\n  background: linear-gradient(to right, var(--band) 6px, var(--paper) 6px 7px, var(--fill) 7px);\n  border: 1px solid var(--paper);\n  border-radius: 0;\n  transform-origin: 0 0;\n  font-size: 0.58rem;\n  line-height: 1;\n  white-space: nowrap;\n}\n.tile.first { border-left: 4px solid var(--paper); }\n.tile.same { outline: 2px solid var(--ink-page); outline-offset: -1px; z-index: 1; }\n.tile:focus-visible { outline: 3px solid var(--chosen); outline-offset: 0; z-index: 1; }\n@container (max-width: 2rem) { .tile span span { display: none; } }\n@container (max-width: 1.1rem) or (max-height: 0.5rem) { .tile span { visibility: hidden; } }\n\n.scrolls { overflow-x: auto; }\ntable { border-collapse: collapse; font-size: 0.62rem; }\nth, td { padding: 0.15rem 0.3rem; text-align: right; white-space: nowrap; font-weight: normal; }\n.flight { width: 100%; }\n.flight th, .flight td { text-align: center; }\n.flight td { min-width: 4.2rem; color: var(--quiet); }\n.flight .stays .area { border-style: dashed; }\n.bytes td, .bytes th { border: 1px solid var(--line); font-variant-numeric: tabular-nums; }\ncaption { text-align: left; padding: 0.3rem 0; white-space: nowrap; }\n\n.facts {\n  position: sticky;\n  bottom: 0;\n  z-index: 3;\n  min-height: 3.4rem;\n  margin: 0.5rem 0;\n  padding: 0.3rem 0.6rem;\n  background: var(--raised);\n  border-top: 2px solid var(--chosen);\n  overflow-wrap: anywhere;\n}\n.facts b { display: inline-block; min-width: 2.6rem; }\n.numbers { margin-top: 0.4rem; }\nsummary { cursor: pointer; }\n';
+  var style_default = ':host {\n  --paper: var(--md-default-bg-color, #fff);\n  --ink-page: var(--md-typeset-color, #222);\n  --quiet: var(--md-default-fg-color--light, #666);\n  --line: var(--md-default-fg-color--lighter, #ccc);\n  --raised: var(--md-code-bg-color, #f5f5f5);\n  --chosen: var(--md-typeset-a-color, #3949ab);\n  display: block;\n  color: var(--ink-page);\n  font-size: 0.7rem;\n  line-height: 1.4;\n}\n* { box-sizing: border-box; }\n[hidden] { display: none !important; }\nh3 { margin: 0.8rem 0 0.2rem; font-size: 0.9rem; }\nh4 { margin: 0 0 0.3rem; font-size: 0.75rem; }\np { margin: 0.3rem 0; }\nsmall, .axes, figcaption, .uses, caption { color: var(--quiet); font-weight: normal; font-size: 0.6rem; }\npre, code { font-family: var(--md-code-font-family, ui-monospace, monospace); font-size: 0.62rem; }\npre { margin: 0; padding: 0.4rem 0.6rem; overflow-x: auto; background: var(--raised); border-radius: 0.1rem; }\nfigure { margin: 0; min-width: 0; }\nbutton, input, select {\n  font: inherit;\n  color: inherit;\n  background: var(--paper);\n  border: 1px solid var(--quiet);\n  border-radius: 0.15rem;\n  padding: 0.2rem 0.4rem;\n}\nbutton { cursor: pointer; }\nbutton:disabled { opacity: 0.4; cursor: default; }\n:focus-visible { outline: 3px solid var(--chosen); outline-offset: 1px; }\n\n.controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 0.4rem 0.6rem; }\n.controls label { display: grid; gap: 0.1rem; font-size: 0.62rem; color: var(--quiet); }\n.controls input, .controls select { width: 100%; min-width: 0; font-size: 0.7rem; color: var(--ink-page); }\n.presets button { margin: 0.1rem 0.2rem 0.1rem 0; font-size: 0.62rem; }\n.error { border-left: 0.2rem solid #d55e00; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.7rem; }\n\n.stepper { display: flex; gap: 0.4rem; align-items: start; margin-top: 0.6rem; }\n.stepper [role="tablist"] { display: flex; flex-wrap: wrap; gap: 0.2rem; flex: 1; }\n.stepper [role="tab"] { font-size: 0.62rem; }\n.stepper [aria-selected="true"] { background: var(--chosen); border-color: var(--chosen); color: var(--paper); }\n.turn { font-weight: bold; }\n@media (max-width: 40rem) { .stepper [role="tab"] span { display: none; } }\n\n.code { display: grid; gap: 0.3rem; margin: 0.4rem 0; }\n.code figcaption code { color: var(--ink-page); }\n.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 0.5rem; }\n.card { border: 1px solid var(--line); border-radius: 0.2rem; padding: 0.4rem; min-width: 0; }\n.frames { display: flex; flex-wrap: wrap; gap: 0.4rem 0.5rem; align-items: end; }\n.tensor { flex: 1 1 3.6rem; }\n.buffer { flex: 1 1 100%; }\n.kept { flex: 1 1 100%; }\n.kept .area { border-style: dashed; max-width: 50%; }\n.area {\n  position: relative;\n  height: max(calc(1.6rem + 4.4rem * var(--tall, 1)), min(20rem, 0.85rem * var(--bands, 1)));\n  border: 1px solid var(--line);\n  min-width: 2.4rem;\n}\n.buffer .area, .kept .area, .flight .area { height: 1.9rem; }\n.area i { padding: 0 0.3rem; color: var(--quiet); font-size: 0.6rem; }\n.swatch { display: inline-block; width: 0.7em; height: 0.7em; border: 1px solid var(--quiet); }\n\n.tile {\n  position: absolute;\n  top: 0;\n  height: 100%;\n  margin: 0;\n  padding: 0 0 0 6px;\n  overflow: hidden;\n  container-type: size;\n  color: var(--ink);\n  background: linear-gradient(to right, var(--band) 6px, var(--paper) 6px 7px, var(--fill) 7px);\n  border: 1px solid var(--paper);\n  border-radius: 0;\n  transform-origin: 0 0;\n  font-size: 0.58rem;\n  line-height: 1;\n  white-space: nowrap;\n}\n.tile.first { border-left: 4px solid var(--paper); }\n.tile.same { outline: 2px solid var(--ink-page); outline-offset: -1px; z-index: 1; }\n.tile:focus-visible { outline: 3px solid var(--chosen); outline-offset: 0; z-index: 1; }\n@container (max-width: 2rem) { .tile span span { display: none; } }\n@container (max-width: 1.1rem) or (max-height: 0.5rem) { .tile span { visibility: hidden; } }\n\n.scrolls { overflow-x: auto; }\ntable { border-collapse: collapse; font-size: 0.62rem; }\nth, td { padding: 0.15rem 0.3rem; text-align: right; white-space: nowrap; font-weight: normal; }\n.flight { width: 100%; }\n.flight th, .flight td { text-align: center; }\n.flight td { min-width: 4.2rem; color: var(--quiet); }\n.flight .stays .area { border-style: dashed; }\n.bytes td, .bytes th { border: 1px solid var(--line); font-variant-numeric: tabular-nums; }\ncaption { text-align: left; padding: 0.3rem 0; white-space: nowrap; }\n\n.facts {\n  position: sticky;\n  bottom: 0;\n  z-index: 3;\n  min-height: 3.4rem;\n  margin: 0.5rem 0;\n  padding: 0.3rem 0.6rem;\n  background: var(--raised);\n  border-top: 2px solid var(--chosen);\n  overflow-wrap: anywhere;\n}\n.facts div { padding-left: 2.8rem; text-indent: -2.8rem; }\n.facts b { display: inline-block; width: 2.6rem; text-indent: 0; }\n.numbers { margin-top: 0.4rem; }\nsummary { cursor: pointer; }\n';
 
   // element.ts
   var HINT = "Point at a block, or move there with Tab and the arrow keys: its owner, its slice and its bytes.";
@@ -1559,7 +1628,8 @@ var seqparExplorer = (() => {
         this.numbers
       );
       this.makeStepper();
-      for (const name of ["pointerover", "focusin"]) this.stage.addEventListener(name, (event) => this.pointAt(event));
+      for (const name of ["pointerover", "focusin"])
+        this.stage.addEventListener(name, (event) => this.pointAt(event));
       this.stage.addEventListener("keydown", (event) => this.moveAmongTiles(event));
       addEventListener("hashchange", this.readHash);
       this.readHash();
@@ -1590,7 +1660,9 @@ var seqparExplorer = (() => {
         this.showWorld(worldOf(this.setting));
       } catch (error) {
         if (!(error instanceof SeqparError)) throw error;
-        this.message.replaceChildren(make("pre", { class: "error", role: "alert" }, `${error.kind}: ${error.message}`));
+        this.message.replaceChildren(
+          make("pre", { class: "error", role: "alert" }, `${error.kind}: ${error.message}`)
+        );
         for (const part of [this.stepper, this.stage, this.facts, this.numbers]) part.hidden = true;
       }
     }
@@ -1608,20 +1680,36 @@ var seqparExplorer = (() => {
       this.markStep();
       const title = make("h3", {}, `${STEPS.indexOf(this.step) + 1}. ${this.step}`);
       const code = make("div", { class: "code" }, ...codeOf(exchange, this.step).map(drawCode));
-      this.stage.replaceChildren(title, make("p", {}, ...withSubscripts(SENTENCES[this.step])), code, drawStep(exchange, this.step));
+      this.stage.replaceChildren(
+        title,
+        make("p", {}, ...withSubscripts(SENTENCES[this.step])),
+        code,
+        drawStep(exchange, this.step)
+      );
       this.tiles()[0]?.setAttribute("tabindex", "0");
     }
     makeStepper() {
       const step = (by) => this.change({ step: STEPS[STEPS.indexOf(this.step) + by] });
-      const [back, next] = ["Back", "Next"].map((name) => make("button", { type: "button", class: "turn" }, name));
+      const [back, next] = ["Back", "Next"].map(
+        (name) => make("button", { type: "button", class: "turn" }, name)
+      );
       back.addEventListener("click", () => step(-1));
       next.addEventListener("click", () => step(1));
-      const tabs = make("div", { role: "tablist", "aria-label": "steps" }, ...STEPS.map((name, i) => {
-        const called = { role: "tab", type: "button", "aria-controls": "stage", "aria-label": `${i + 1} ${name}` };
-        const tab = make("button", called, String(i + 1), make("span", {}, ` ${name}`));
-        tab.addEventListener("click", () => this.change({ step: name }));
-        return tab;
-      }));
+      const tabs = make(
+        "div",
+        { role: "tablist", "aria-label": "steps" },
+        ...STEPS.map((name, i) => {
+          const called = {
+            role: "tab",
+            type: "button",
+            "aria-controls": "stage",
+            "aria-label": `${i + 1} ${name}`
+          };
+          const tab = make("button", called, String(i + 1), make("span", {}, ` ${name}`));
+          tab.addEventListener("click", () => this.change({ step: name }));
+          return tab;
+        })
+      );
       tabs.addEventListener("keydown", (event) => this.turnByKey(event));
       this.stepper.replaceChildren(back, tabs, next);
     }
@@ -1638,7 +1726,12 @@ var seqparExplorer = (() => {
     turnByKey(event) {
       const current = STEPS.indexOf(this.step);
       const last = STEPS.length - 1;
-      const targets = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: last };
+      const targets = {
+        ArrowLeft: current - 1,
+        ArrowRight: current + 1,
+        Home: 0,
+        End: last
+      };
       const target = targets[event.key];
       if (target === void 0) return;
       event.preventDefault();
@@ -1658,7 +1751,9 @@ var seqparExplorer = (() => {
         if (event.type === "focusin") other.setAttribute("tabindex", other === tile ? "0" : "-1");
       }
       const facts = JSON.parse(tile.dataset.facts);
-      this.facts.replaceChildren(...facts.map(({ name, text }) => make("div", {}, make("b", {}, name), ` ${text}`)));
+      this.facts.replaceChildren(
+        ...facts.map(({ name, text }) => make("div", {}, make("b", {}, name), ` ${text}`))
+      );
     }
     moveAmongTiles(event) {
       const tile = event.target.closest(".tile");

@@ -6,7 +6,9 @@ import { readdirSync, readFileSync } from "node:fs";
 import { build } from "esbuild";
 
 const folder = new URL(".", import.meta.url);
-const sources = readdirSync(folder).filter((name) => /\.(ts|css|js|json)$/.test(name)).sort();
+const sources = readdirSync(folder)
+  .filter((name) => /\.(ts|css|js|json)$/.test(name))
+  .sort();
 const hash = createHash("sha256");
 for (const name of sources) hash.update(name).update(readFileSync(new URL(name, folder)));
 
@@ -20,5 +22,7 @@ await build({
   target: "es2022",
   charset: "utf8",
   loader: { ".css": "text" },
-  banner: { js: `// Made from explorer/*.ts by "npm run build"; do not edit. Sources: ${hash.digest("hex")}` },
+  banner: {
+    js: `// Made from explorer/*.ts by "npm run build"; do not edit. Sources: ${hash.digest("hex")}`,
+  },
 });

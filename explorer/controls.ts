@@ -12,7 +12,8 @@ const METHODS = {
   balanced: "balanced: as even as can be",
   groups: "groups: whole kv groups",
 };
-const named = (names: string[]): Record<string, string> => Object.fromEntries(names.map((name) => [name, name]));
+const named = (names: string[]): Record<string, string> =>
+  Object.fromEntries(names.map((name) => [name, name]));
 
 const FIELDS: Record<Field, { label: string; hint: string; choices?: Record<string, string> }> = {
   ranks: { label: "ranks", hint: "ranks in the group" },
@@ -20,7 +21,11 @@ const FIELDS: Record<Field, { label: string; hint: string; choices?: Record<stri
   heads: { label: "query heads", hint: "query heads in all" },
   kv_heads: { label: "kv heads", hint: "kv heads in all; as many as query heads if empty" },
   policy: { label: "method", hint: "how query heads are divided: policy of make_plan", choices: METHODS },
-  layout: { label: "layout", hint: "order of the dims: batch, sequence, heads, dim", choices: named(LAYOUTS) },
+  layout: {
+    label: "layout",
+    hint: "order of the dims: batch, sequence, heads, dim",
+    choices: named(LAYOUTS),
+  },
   batch: { label: "batch", hint: "rows of the batch" },
   head_dim: { label: "head dim", hint: "elements of one vector" },
   dtype: { label: "dtype", hint: "what travels", choices: named(Object.keys(ITEM_SIZES)) },
@@ -61,6 +66,7 @@ function makeInput(field: Field): HTMLInputElement | HTMLSelectElement {
     const options = Object.entries(choices).map(([value, text]) => make("option", { value }, text));
     return make("select", common, ...options) as HTMLSelectElement;
   }
-  const kind: Record<string, string> = field === "tokens" ? { type: "text" } : { type: "number", min: "0", step: "1" };
+  const kind: Record<string, string> =
+    field === "tokens" ? { type: "text" } : { type: "number", min: "0", step: "1" };
   return make("input", { ...common, ...kind, autocomplete: "off" }) as HTMLInputElement;
 }

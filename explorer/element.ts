@@ -3,13 +3,22 @@
 import { Controls } from "./controls.js";
 import { neighbour, moveFrom, placesOf } from "./motion.js";
 import { bytesOf, SeqparError, table, type Plan } from "./plan.js";
-import { DRAWN_RANKS, fromHash, toHash, worldOf, type Exchange, type Setting, type World } from "./setting.js";
+import {
+  DRAWN_RANKS,
+  fromHash,
+  toHash,
+  worldOf,
+  type Exchange,
+  type Setting,
+  type World,
+} from "./setting.js";
 import { STEPS, type Step } from "./steps.js";
 import style from "./style.css";
 import { drawStep, make, type Child } from "./tiles.js";
 import { codeOf, grouped, methodOf, SENTENCES, type Code, type Fact } from "./words.js";
 
-const HINT = "Point at a block, or move there with Tab and the arrow keys: its owner, its slice and its bytes.";
+const HINT =
+  "Point at a block, or move there with Tab and the arrow keys: its owner, its slice and its bytes.";
 
 // Where there is no page, as in node, there are only the numbers.
 const Base = globalThis.HTMLElement ?? (class {} as typeof HTMLElement);
@@ -27,10 +36,18 @@ export class Explorer extends Base {
     const root = this.shadowRoot ?? this.attachShadow({ mode: "open" });
     const sheet = make("style", {}, style);
     root.replaceChildren(
-      sheet, this.controls.form, this.controls.presets, this.message, this.stepper, this.stage, this.facts, this.numbers,
-    ); // prettier-ignore
+      sheet,
+      this.controls.form,
+      this.controls.presets,
+      this.message,
+      this.stepper,
+      this.stage,
+      this.facts,
+      this.numbers,
+    );
     this.makeStepper();
-    for (const name of ["pointerover", "focusin"]) this.stage.addEventListener(name, (event) => this.pointAt(event));
+    for (const name of ["pointerover", "focusin"])
+      this.stage.addEventListener(name, (event) => this.pointAt(event));
     this.stage.addEventListener("keydown", (event) => this.moveAmongTiles(event));
     addEventListener("hashchange", this.readHash);
     this.readHash();
@@ -66,7 +83,9 @@ export class Explorer extends Base {
       this.showWorld(worldOf(this.setting));
     } catch (error) {
       if (!(error instanceof SeqparError)) throw error;
-      this.message.replaceChildren(make("pre", { class: "error", role: "alert" }, `${error.kind}: ${error.message}`));
+      this.message.replaceChildren(
+        make("pre", { class: "error", role: "alert" }, `${error.kind}: ${error.message}`),
+      );
       for (const part of [this.stepper, this.stage, this.facts, this.numbers]) part.hidden = true;
     }
   }
@@ -85,27 +104,47 @@ export class Explorer extends Base {
     this.markStep();
     const title = make("h3", {}, `${STEPS.indexOf(this.step) + 1}. ${this.step}`);
     const code = make("div", { class: "code" }, ...codeOf(exchange, this.step).map(drawCode));
-    this.stage.replaceChildren(title, make("p", {}, ...withSubscripts(SENTENCES[this.step])), code, drawStep(exchange, this.step));
+    this.stage.replaceChildren(
+      title,
+      make("p", {}, ...withSubscripts(SENTENCES[this.step])),
+      code,
+      drawStep(exchange, this.step),
+    );
     this.tiles()[0]?.setAttribute("tabindex", "0");
   }
 
   private makeStepper(): void {
     const step = (by: number): void => this.change({ step: STEPS[STEPS.indexOf(this.step) + by] });
-    const [back, next] = ["Back", "Next"].map((name) => make("button", { type: "button", class: "turn" }, name));
+    const [back, next] = ["Back", "Next"].map((name) =>
+      make("button", { type: "button", class: "turn" }, name),
+    );
     back.addEventListener("click", () => step(-1));
     next.addEventListener("click", () => step(1));
-    const tabs = make("div", { role: "tablist", "aria-label": "steps" }, ...STEPS.map((name, i) => {
-      const called = { role: "tab", type: "button", "aria-controls": "stage", "aria-label": `${i + 1} ${name}` };
-      const tab = make("button", called, String(i + 1), make("span", {}, ` ${name}`));
-      tab.addEventListener("click", () => this.change({ step: name }));
-      return tab;
-    })); // prettier-ignore
+    const tabs = make(
+      "div",
+      { role: "tablist", "aria-label": "steps" },
+      ...STEPS.map((name, i) => {
+        const called = {
+          role: "tab",
+          type: "button",
+          "aria-controls": "stage",
+          "aria-label": `${i + 1} ${name}`,
+        };
+        const tab = make("button", called, String(i + 1), make("span", {}, ` ${name}`));
+        tab.addEventListener("click", () => this.change({ step: name }));
+        return tab;
+      }),
+    );
     tabs.addEventListener("keydown", (event) => this.turnByKey(event));
     this.stepper.replaceChildren(back, tabs, next);
   }
 
   private markStep(): void {
-    const [back, tabs, next] = this.stepper.children as unknown as [HTMLButtonElement, HTMLElement, HTMLButtonElement];
+    const [back, tabs, next] = this.stepper.children as unknown as [
+      HTMLButtonElement,
+      HTMLElement,
+      HTMLButtonElement,
+    ];
     const current = STEPS.indexOf(this.step);
     back.disabled = current === 0;
     next.disabled = current === STEPS.length - 1;
@@ -118,7 +157,12 @@ export class Explorer extends Base {
   private turnByKey(event: KeyboardEvent): void {
     const current = STEPS.indexOf(this.step);
     const last = STEPS.length - 1;
-    const targets: Record<string, number> = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: last };
+    const targets: Record<string, number> = {
+      ArrowLeft: current - 1,
+      ArrowRight: current + 1,
+      Home: 0,
+      End: last,
+    };
     const target = targets[event.key];
     if (target === undefined) return;
     event.preventDefault();
@@ -140,7 +184,9 @@ export class Explorer extends Base {
       if (event.type === "focusin") other.setAttribute("tabindex", other === tile ? "0" : "-1");
     }
     const facts = JSON.parse(tile.dataset.facts!) as Fact[];
-    this.facts.replaceChildren(...facts.map(({ name, text }) => make("div", {}, make("b", {}, name), ` ${text}`)));
+    this.facts.replaceChildren(
+      ...facts.map(({ name, text }) => make("div", {}, make("b", {}, name), ` ${text}`)),
+    );
   }
 
   private moveAmongTiles(event: KeyboardEvent): void {

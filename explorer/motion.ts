@@ -18,18 +18,28 @@ export function moveFrom(before: Places, tiles: Iterable<HTMLElement>): void {
     if (!old || now.width === 0 || now.height === 0) continue;
     const shift = `translate(${old.left - now.left}px, ${old.top - now.top}px)`;
     const scale = `scale(${old.width / now.width}, ${old.height / now.height})`;
-    tile.animate([{ transform: `${shift} ${scale}`, zIndex: 2 }, { transform: "none", zIndex: 2 }], {
-      duration: MILLISECONDS,
-      easing: "ease-in-out",
-    });
+    tile.animate(
+      [
+        { transform: `${shift} ${scale}`, zIndex: 2 },
+        { transform: "none", zIndex: 2 },
+      ],
+      {
+        duration: MILLISECONDS,
+        easing: "ease-in-out",
+      },
+    );
   }
 }
 
 /** The tile that is next in the direction of an arrow key, if there is one. */
 export function neighbour(tiles: HTMLElement[], from: HTMLElement, key: string): HTMLElement | undefined {
   const here = middleOf(from);
-  const ahead = tiles.filter((tile) => tile !== from).map((tile) => ({ tile, ...offset(here, middleOf(tile), key) }));
-  return ahead.filter(({ along }) => along > 1).sort((a, b) => a.along + 3 * a.aside - b.along - 3 * b.aside)[0]?.tile;
+  const ahead = tiles
+    .filter((tile) => tile !== from)
+    .map((tile) => ({ tile, ...offset(here, middleOf(tile), key) }));
+  return ahead
+    .filter(({ along }) => along > 1)
+    .sort((a, b) => a.along + 3 * a.aside - b.along - 3 * b.aside)[0]?.tile;
 }
 
 interface Point {

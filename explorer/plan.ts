@@ -5,7 +5,11 @@ import { kindOf, repr, type Value } from "./values.js";
 
 export class SeqparError extends Error {
   /** As in Python, str(error) is two lines: what is wrong, and what to change. */
-  constructor(readonly kind: string, wrong: string, change: string) {
+  constructor(
+    readonly kind: string,
+    wrong: string,
+    change: string,
+  ) {
     super(`${wrong}\n  ${change}`);
   }
 }
@@ -71,7 +75,12 @@ export function vectors(plan: Plan, heads: Heads): number[][] {
 }
 
 /** What the sizes of one attention have to be, before bytes are counted. */
-export function checkedSizes(plan: Plan, batch: Value, headDim: Value, dtype: string): [bigint, bigint, bigint] {
+export function checkedSizes(
+  plan: Plan,
+  batch: Value,
+  headDim: Value,
+  dtype: string,
+): [bigint, bigint, bigint] {
   const [rows, dim] = integers("batch, head_dim, value_dim", [batch, headDim, headDim]);
   const size = Object.hasOwn(ITEM_SIZES, dtype) ? ITEM_SIZES[dtype] : undefined;
   if (size === undefined) {
@@ -127,7 +136,10 @@ function integers(name: string, values: Value): bigint[] {
   }
   return values.map((value) => {
     if (typeof value !== "bigint") {
-      throw planError(`${name} holds ${repr(value)}, a ${kindOf(value)}.`, "Use integers, not floats or bools.");
+      throw planError(
+        `${name} holds ${repr(value)}, a ${kindOf(value)}.`,
+        "Use integers, not floats or bools.",
+      );
     }
     if (value < 0n) throw planError(`${name} holds ${value}.`, "Use integers of at least 0.");
     return value;
@@ -207,7 +219,9 @@ function kvRuns(query: Run[], ratio: number): { kv: Run[]; "kv once": Run[] } {
 
 /** What "auto" makes small: query heads on the fullest rank, then what the busiest rank sends. */
 function costOf(plan: Plan): [number, number] {
-  const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map((r) => r.map(count));
+  const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map((r) =>
+    r.map(count),
+  );
   const copies = sum(kv);
   let [fullest, busiest] = [0, 0];
   for (let rank = 0; rank < plan.ranks; rank++) {

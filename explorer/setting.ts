@@ -20,10 +20,16 @@ export const DEFAULTS = {
 export type Setting = typeof DEFAULTS;
 
 export const PRESETS: Record<string, Partial<Setting>> = {
-  even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8" },
-  uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3" },
-  replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2" },
-  "fewer heads than ranks": { ranks: "4", tokens: "3, 5, 0, 2", heads: "3", kv_heads: "" },
+  even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8", policy: "balanced" },
+  uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3", policy: "balanced" },
+  replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2", policy: "balanced" },
+  "fewer heads than ranks": {
+    ranks: "4",
+    tokens: "3, 5, 0, 2",
+    heads: "3",
+    kv_heads: "",
+    policy: "balanced",
+  },
 };
 
 export const DRAWN_RANKS = 16; // more would be too small to tell apart
@@ -51,7 +57,10 @@ export function worldOf(setting: Setting): World {
     policy: setting.policy,
   });
   const [batch, headDim, itemSize] = checkedSizes(
-    plan, literal(setting.batch), literal(setting.head_dim), setting.dtype,
+    plan,
+    literal(setting.batch),
+    literal(setting.head_dim),
+    setting.dtype,
   );
   const sizes = { batch, headDim, itemSize };
   checkLayout(setting.layout);
@@ -66,7 +75,8 @@ export function worldOf(setting: Setting): World {
 
 export function exchangeOf(plan: Plan, layout: string, sizes: Sizes): Exchange {
   const wire = wireOf(plan, sizes);
-  const together: Tensor[][] = wire === "fused" ? [["query", "key", "value"]] : [["query"], ["key"], ["value"]];
+  const together: Tensor[][] =
+    wire === "fused" ? [["query", "key", "value"]] : [["query"], ["key"], ["value"]];
   const ranks = plan.tokenRuns.map((_, rank) => rank);
   const there = ranks.map((rank) => together.map((tensors) => routeOf(plan, rank, layout, sizes, tensors)));
   const back = ranks.map((rank) => routeOf(plan, rank, layout, sizes, ["output"]));
@@ -76,7 +86,10 @@ export function exchangeOf(plan: Plan, layout: string, sizes: Sizes): Exchange {
 /** A shape as Python prints it. */
 export function shapeOf(layout: string, { batch, headDim }: Sizes, tokens: bigint, heads: bigint): string {
   const length: Record<string, bigint> = { b: batch, s: tokens, h: heads, d: headDim };
-  return `(${layout.split(" ").map((word) => length[word]).join(", ")})`;
+  return `(${layout
+    .split(" ")
+    .map((word) => length[word])
+    .join(", ")})`;
 }
 
 function checkLayout(layout: string): void {

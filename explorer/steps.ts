@@ -6,9 +6,17 @@ import { shapeOf, type Exchange } from "./setting.js";
 import { runsOfTensor, totalHeads, type Cut, type Route, type Tensor } from "./wire.js";
 
 export const STEPS = [
-  "shards", "pack", "in flight", "arrived", "unpack",
-  "attention", "pack output", "output in flight", "output arrived", "unpack output",
-] as const; // prettier-ignore
+  "shards",
+  "pack",
+  "in flight",
+  "arrived",
+  "unpack",
+  "attention",
+  "pack output",
+  "output in flight",
+  "output arrived",
+  "unpack output",
+] as const;
 export type Step = (typeof STEPS)[number];
 
 export interface Block {
@@ -42,7 +50,9 @@ export function framesOf(exchange: Exchange, step: Step, rank: number): Frame[] 
     case "pack":
       return exchange.there[rank].flatMap((route) => buffers(exchange, route, route.byHeads, "send", rank));
     case "arrived":
-      return exchange.there[rank].flatMap((route) => buffers(exchange, route, route.byTokens, "receive", rank));
+      return exchange.there[rank].flatMap((route) =>
+        buffers(exchange, route, route.byTokens, "receive", rank),
+      );
     case "unpack":
       return (["query", "key", "value"] as const).map((tensor) => whole(exchange, tensor, rank));
     case "attention":
@@ -63,7 +73,9 @@ export function flightOf(exchange: Exchange, step: Step, sender: number, receive
   const back = step === "output in flight";
   const [tokensOf, headsOf] = back ? [receiver, sender] : [sender, receiver];
   const tensors: Tensor[] = back ? ["output"] : ["query", "key", "value"];
-  return tensors.map((tensor) => ({ tensor, tokensOf, headsOf })).filter((block) => elementsOf(exchange, block) > 0n);
+  return tensors
+    .map((tensor) => ({ tensor, tokensOf, headsOf }))
+    .filter((block) => elementsOf(exchange, block) > 0n);
 }
 
 export function elementsOf({ plan, sizes }: Exchange, { tensor, tokensOf, headsOf }: Block): bigint {
@@ -105,7 +117,13 @@ function shard(exchange: Exchange, tensor: Tensor, rank: number): Frame {
     const slice = sliceOf(tensor, exchange.layout, ":", `${run.first}:${run.end}`);
     return placed(exchange, { tensor, tokensOf: rank, headsOf }, tokens[0], heads[headsOf], slice);
   });
-  return tensorFrame(exchange, tensor, BigInt(count(plan.tokenRuns[rank])), BigInt(totalHeads(plan, tensor)), tiles);
+  return tensorFrame(
+    exchange,
+    tensor,
+    BigInt(count(plan.tokenRuns[rank])),
+    BigInt(totalHeads(plan, tensor)),
+    tiles,
+  );
 }
 
 /** All tokens of the rank's heads. */
@@ -121,7 +139,13 @@ function whole(exchange: Exchange, tensor: Tensor, rank: number): Frame {
   return tensorFrame(exchange, tensor, BigInt(plan.tokens), BigInt(held), tiles);
 }
 
-function tensorFrame(exchange: Exchange, tensor: Tensor, tokens: bigint, heads: bigint, tiles: Tile[]): Frame {
+function tensorFrame(
+  exchange: Exchange,
+  tensor: Tensor,
+  tokens: bigint,
+  heads: bigint,
+  tiles: Tile[],
+): Frame {
   const shape = shapeOf(exchange.layout, exchange.sizes, tokens, heads);
   return { kind: "tensor", name: tensor, shape, weight: Number(heads), tiles };
 }
@@ -133,13 +157,24 @@ function placed(exchange: Exchange, block: Block, tokens: Span, heads: Span, sli
   const [down, across] = layout === "b h s d" ? [heads, tokens] : [tokens, heads];
   const rows = layout.startsWith("s") ? 1 : Number(sizes.batch < SHOWN_ROWS ? sizes.batch : SHOWN_ROWS);
   return Array.from({ length: rows }, (_, row) => {
-    const at = { left: across[0], width: across[1] - across[0], top: (row + down[0]) / rows, height: (down[1] - down[0]) / rows };
+    const at = {
+      left: across[0],
+      width: across[1] - across[0],
+      top: (row + down[0]) / rows,
+      height: (down[1] - down[0]) / rows,
+    };
     return { ...block, at, slice };
   });
 }
 
 /** The buffer of a cut, and beside it what the rank keeps. */
-function buffers(exchange: Exchange, route: Route, cut: Cut, verb: "send" | "receive", rank: number): Frame[] {
+function buffers(
+  exchange: Exchange,
+  route: Route,
+  cut: Cut,
+  verb: "send" | "receive",
+  rank: number,
+): Frame[] {
   const byHeads = cut === route.byHeads;
   const blockOf = (tensor: Tensor, other: number): Block =>
     byHeads ? { tensor, tokensOf: rank, headsOf: other } : { tensor, tokensOf: other, headsOf: rank };
@@ -147,13 +182,28 @@ function buffers(exchange: Exchange, route: Route, cut: Cut, verb: "send" | "rec
   const tiles = cut.pieces.flatMap((piece, i) => {
     if (piece.begin === piece.end) return [];
     const at = { left: spans[i][0], width: spans[i][1] - spans[i][0], top: 0, height: 1 };
-    return [{ ...blockOf(piece.tensor, piece.rank), at, slice: `${verb} buffer[${piece.begin}:${piece.end}]` }];
+    return [
+      { ...blockOf(piece.tensor, piece.rank), at, slice: `${verb} buffer[${piece.begin}:${piece.end}]` },
+    ];
   });
   const names = cut.tensors.length > 1 ? "query, key, value" : cut.tensors[0];
   const buffer: Frame = {
-    kind: "buffer", name: `${verb} buffer: ${names}`, shape: `(${cut.elements},)`, weight: 1, tiles,
-  }; // prettier-ignore
-  return cut.kept ? [buffer, keptFrame(exchange, cut.tensors.map((tensor) => blockOf(tensor, rank)), names)] : [buffer];
+    kind: "buffer",
+    name: `${verb} buffer: ${names}`,
+    shape: `(${cut.elements},)`,
+    weight: 1,
+    tiles,
+  };
+  return cut.kept
+    ? [
+        buffer,
+        keptFrame(
+          exchange,
+          cut.tensors.map((tensor) => blockOf(tensor, rank)),
+          names,
+        ),
+      ]
+    : [buffer];
 }
 
 /** Where a rank's own chunk is copied from tensor to tensor. */
@@ -169,7 +219,10 @@ function keptFrame(exchange: Exchange, blocks: Block[], names: string): Frame {
 
 function sliceOf(tensor: Tensor, layout: string, tokens: string, heads: string): string {
   const index: Record<string, string> = { b: ":", s: tokens, h: heads, d: ":" };
-  return `${tensor}[${layout.split(" ").map((word) => index[word]).join(", ")}]`;
+  return `${tensor}[${layout
+    .split(" ")
+    .map((word) => index[word])
+    .join(", ")}]`;
 }
 
 type Span = [number, number];
@@ -194,4 +247,3 @@ function stripesOf(runs: Run[]): Span[] {
     count(run) === 0 ? [0, 0] : [edge(run.first, rank, 0), edge(run.end - 1, rank, 1)],
   );
 }
-

@@ -3,7 +3,17 @@
 import fromPython from "./from_python.json";
 import { count, describe } from "./plan.js";
 import type { Exchange } from "./setting.js";
-import { elementsOf, flightOf, framesOf, SHOWN_ROWS, spread, usesOf, type Block, type Frame, type Step } from "./steps.js";
+import {
+  elementsOf,
+  flightOf,
+  framesOf,
+  SHOWN_ROWS,
+  spread,
+  usesOf,
+  type Block,
+  type Frame,
+  type Step,
+} from "./steps.js";
 import { endsOf, factsOf, grouped, labelOf, type Fact } from "./words.js";
 
 const COLOURS = fromPython.colours as unknown as Record<string, [string, string][]>;
@@ -23,11 +33,18 @@ export function drawStep(exchange: Exchange, step: Step): HTMLElement {
   const most = Math.max(1, ...exchange.plan.tokenRuns.map(count));
   const cards = exchange.plan.tokenRuns.map((tokens, rank) => {
     const tall = step === "shards" || step === "unpack output" ? count(tokens) / most : 1;
-    const frames = framesOf(exchange, step, rank).map((frame) => drawFrame(exchange, step, rank, frame, tall));
+    const frames = framesOf(exchange, step, rank).map((frame) =>
+      drawFrame(exchange, step, rank, frame, tall),
+    );
     const notes = step === "attention" ? [drawUses(exchange, rank)] : [];
     return drawCard(exchange, rank, make("div", { class: "frames" }, ...frames), ...notes);
   });
-  return make("div", {}, make("p", { class: "axes" }, axesOf(exchange, step)), make("div", { class: "cards" }, ...cards));
+  return make(
+    "div",
+    {},
+    make("p", { class: "axes" }, axesOf(exchange, step)),
+    make("div", { class: "cards" }, ...cards),
+  );
 }
 
 /** How the pictures of a step are to be read. */
@@ -61,7 +78,8 @@ function drawFrame(exchange: Exchange, step: Step, rank: number, frame: Frame, t
     const row = rows.get(keyOf(tile)) ?? 0;
     rows.set(keyOf(tile), row + 1);
     const button = drawTile(exchange, step, tile, factsOf(exchange, step, tile, rank, tile.slice), row);
-    if (frame.kind === "buffer" && i > 0 && chunkOf(tile) !== chunkOf(frame.tiles[i - 1])) button.classList.add("first");
+    if (frame.kind === "buffer" && i > 0 && chunkOf(tile) !== chunkOf(frame.tiles[i - 1]))
+      button.classList.add("first");
     for (const [side, part] of Object.entries(tile.at)) button.style.setProperty(side, `${100 * part}%`);
     return button;
   });
@@ -89,7 +107,8 @@ function drawFlight(exchange: Exchange, step: Step): HTMLElement {
 function drawCell(exchange: Exchange, step: Step, sender: number, receiver: number): HTMLElement {
   const blocks = flightOf(exchange, step, sender, receiver);
   const spans = spread(blocks.map((block) => Number(elementsOf(exchange, block))));
-  const place = sender === receiver ? "in no message" : `in the message from rank ${sender} to rank ${receiver}`;
+  const place =
+    sender === receiver ? "in no message" : `in the message from rank ${sender} to rank ${receiver}`;
   const tiles = blocks.map((block, i) => {
     const button = drawTile(exchange, step, block, factsOf(exchange, step, block, null, place), 0);
     button.style.left = `${100 * spans[i][0]}%`;
@@ -98,7 +117,12 @@ function drawCell(exchange: Exchange, step: Step, sender: number, receiver: numb
   });
   const elements = blocks.reduce((total, block) => total + elementsOf(exchange, block), 0n);
   const sent = sender === receiver ? "stays" : `${grouped(elements * exchange.sizes.itemSize)} B`;
-  return make("td", sender === receiver ? { class: "stays" } : {}, make("div", { class: "area" }, ...tiles), sent);
+  return make(
+    "td",
+    sender === receiver ? { class: "stays" } : {},
+    make("div", { class: "area" }, ...tiles),
+    sent,
+  );
 }
 
 function drawTile(exchange: Exchange, step: Step, block: Block, facts: Fact[], row: number): HTMLElement {
@@ -134,7 +158,9 @@ function drawSwatch(ranks: number, rank: number): HTMLElement {
 function drawUses(exchange: Exchange, rank: number): HTMLElement {
   const { uses, expand } = usesOf(exchange, rank);
   if (uses.length === 0) return make("p", { class: "uses" }, "No heads: the local attention is not called.");
-  const said = uses.map(([run, head]) => `query head${count(run) > 1 ? "s" : ""} ${describe(run)} with kv head ${head}`);
+  const said = uses.map(
+    ([run, head]) => `query head${count(run) > 1 ? "s" : ""} ${describe(run)} with kv head ${head}`,
+  );
   const more = count(exchange.plan.headRuns.kv[rank]) > uses.length ? ", ..." : "";
   const copied = expand ? " These shares differ, so each query head gets a copy of its kv head." : "";
   return make("p", { class: "uses" }, `${said.join(", ")}${more}.${copied}`);

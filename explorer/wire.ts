@@ -40,7 +40,9 @@ const FUSED_UP_TO = 2n ** 18n;
 /** How query, key and value travel if nothing else is asked for: all in one collective, or one after the other. */
 export function wireOf(plan: Plan, { batch, headDim, itemSize }: Sizes): "fused" | "pipelined" {
   const pairs = BigInt(Math.max(1, plan.ranks * (plan.ranks - 1)));
-  const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map((matrix) => BigInt(sum(matrix.map(sum))));
+  const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map((matrix) =>
+    BigInt(sum(matrix.map(sum))),
+  );
   const mean = (batch * itemSize * headDim * (query + 2n * kv)) / pairs;
   return mean <= FUSED_UP_TO ? "fused" : "pipelined";
 }
@@ -51,7 +53,11 @@ export function routeOf(plan: Plan, rank: number, layout: string, sizes: Sizes, 
   const runs = tensors.map((tensor) => runsOfTensor(plan, tensor));
   const totals = tensors.map((tensor) => totalHeads(plan, tensor));
   const ownTokens = BigInt(count(plan.tokenRuns[rank]));
-  const lengths = (tokens: bigint, heads: bigint): Record<string, bigint> => ({ b: sizes.batch, s: tokens, h: heads });
+  const lengths = (tokens: bigint, heads: bigint): Record<string, bigint> => ({
+    b: sizes.batch,
+    s: tokens,
+    h: heads,
+  });
   const product = (dims: string[], length: Record<string, bigint>): bigint =>
     dims.reduce((total, dim) => total * length[dim], 1n);
 

@@ -18,13 +18,17 @@ const LINES = fromPython.lines as Record<string, Omit<Code, "ranks">>;
 export const SENTENCES: Record<Step, string> = {
   shards: "Each rank holds all heads of its own tokens: A[B, S_P, H, D].",
   pack: "Each rank writes one chunk for each rank into a flat buffer: the heads that the other one owns, of its own tokens.",
-  "in flight": "One all-to-all carries every block from the rank that owns its tokens to the rank that owns its heads.",
-  arrived: "The blocks stand in the receive buffer in the order of the ranks that sent them, which is the order of the tokens.",
+  "in flight":
+    "One all-to-all carries every block from the rank that owns its tokens to the rank that owns its heads.",
+  arrived:
+    "The blocks stand in the receive buffer in the order of the ranks that sent them, which is the order of the tokens.",
   unpack: "Each rank puts the blocks together: all tokens of its own heads, A[B, S, H_P, D].",
   attention: "Each rank attends over all tokens with its own heads. Here the ranks do not communicate.",
   "pack output": "The way back. The chunk for a rank is the output for that rank's tokens.",
-  "output in flight": "The second all-to-all carries every block of the output to the rank that owns its tokens.",
-  "output arrived": "The blocks stand in the receive buffer in the order of the ranks, which is the order of the heads.",
+  "output in flight":
+    "The second all-to-all carries every block of the output to the rank that owns its tokens.",
+  "output arrived":
+    "The blocks stand in the receive buffer in the order of the ranks, which is the order of the heads.",
   "unpack output": "Each rank holds the output for its own tokens, all heads: the shape that its query had.",
 };
 
@@ -77,20 +81,30 @@ export interface Fact {
 }
 
 /** What the panel says of a block. */
-export function factsOf(exchange: Exchange, step: Step, block: Block, rank: number | null, slice: string): Fact[] {
+export function factsOf(
+  exchange: Exchange,
+  step: Step,
+  block: Block,
+  rank: number | null,
+  slice: string,
+): Fact[] {
   const { plan, sizes } = exchange;
   const runs = runsOfTensor(plan, block.tensor);
   const kind = block.tensor === "query" || block.tensor === "output" ? "query heads" : "kv heads";
   const tokens = `tokens ${describe(plan.tokenRuns[block.tokensOf])}`;
   const heads = `${kind} ${describe(runs[block.headsOf])}`;
   const others = sharing(runs, block.headsOf);
-  const copies = others.length > 0 ? `; ${ranksInWords(others)} get${others.length > 1 ? "" : "s"} copies of them` : "";
+  const copies =
+    others.length > 0 ? `; ${ranksInWords(others)} get${others.length > 1 ? "" : "s"} copies of them` : "";
   const bytes = elementsOf(exchange, block) * sizes.itemSize;
   const [from, to] = endsOf(step, block);
   const sent = from === to ? `stays on rank ${from}, none are sent` : `sent from rank ${from} to rank ${to}`;
   return [
     { name: "block", text: `${block.tensor}, ${tokens}, ${heads}` },
-    { name: "owner", text: `rank ${block.tokensOf} of the tokens, rank ${block.headsOf} of the heads${copies}` },
+    {
+      name: "owner",
+      text: `rank ${block.tokensOf} of the tokens, rank ${block.headsOf} of the heads${copies}`,
+    },
     { name: "slice", text: rank === null ? slice : `${slice} on rank ${rank}` },
     { name: "bytes", text: `${grouped(bytes)} bytes, ${sent}` },
   ];
@@ -122,11 +136,16 @@ export function methodOf({ plan }: Exchange): string {
   const query = plan.headRuns.query.map(count);
   const even = new Set(query).size === 1 ? "even" : "uneven";
   const copies = plan.headRuns.kv.map(count).reduce((total, own) => total + own, 0) - plan.kvHeads;
-  const replicated = copies > 0 ? `kv heads replicated (${copies} cop${copies > 1 ? "ies" : "y"} more)` : "no kv head replicated";
+  const replicated =
+    copies > 0
+      ? `kv heads replicated (${copies} cop${copies > 1 ? "ies" : "y"} more)`
+      : "no kv head replicated";
   return `${even}: query heads ${query.join(", ")}; ${replicated}`;
 }
 
 function sharing(runs: Run[], rank: number): number[] {
   const own = runs[rank];
-  return runs.flatMap((run, other) => (other !== rank && run.first < own.end && own.first < run.end ? [other] : []));
+  return runs.flatMap((run, other) =>
+    other !== rank && run.first < own.end && own.first < run.end ? [other] : [],
+  );
 }

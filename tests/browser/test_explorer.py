@@ -90,6 +90,7 @@ def test_every_control_changes_what_is_shown(explorer: Any) -> None:
 
 def test_presets(explorer: Any) -> None:
     message = explorer.locator(".message")
+    explorer.locator("[name=policy]").select_option("groups")
     for name, said in {
         "even": "even: query heads 2, 2, 2, 2; no kv head replicated",
         "uneven": "uneven: query heads 3, 2, 2, 2; kv heads replicated (2 copies more)",
