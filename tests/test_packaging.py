@@ -133,7 +133,9 @@ def test_each_make_target_starts_from_nothing(checkout, target, ends):
     assert installs and all("--constraint constraints.txt" in line for line in installs)
     assert installs[0].endswith(" torch"), "torch comes first and alone"
     assert any(ends in line for line in lines)
-    assert any(line.endswith("'.[lab]'") for line in lines) == (target == "lab"), "only lab installs JupyterLab"
+    assert any(line.endswith("'.[lab]'") for line in lines) == (target == "lab"), (
+        "only lab installs JupyterLab"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
