@@ -66,10 +66,10 @@ def served(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def root(request: pytest.FixtureRequest, browser: Any, site: Path) -> str:
-    """Where the site begins: in the file system, or over http."""
+def root(request: pytest.FixtureRequest, browser: Any) -> str:
+    """Where the site begins: in the file system, or over http. It is built only where there is a browser."""
     over_http = getattr(request, "param", "file") == "http"
-    return request.getfixturevalue("served") if over_http else site.as_uri()
+    return request.getfixturevalue("served") if over_http else request.getfixturevalue("site").as_uri()
 
 
 class Opener:
