@@ -9,16 +9,14 @@ which of the defects in docs/defects.md (D1, D2, ...) is meant. docs/deepspeed.m
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .agreement import gather
 from .attention import DistributedAttention as CoreAttention
-from .checks import DTYPES, check_tensor, is_integer, no_type_check
+from .checks import is_integer, no_type_check
 from .deepspeed_exchanges import (
     WithGradient,
     _DimZeroAllToAll,
@@ -28,13 +26,14 @@ from .deepspeed_exchanges import (
     uneven_heads_all2all,
 )
 from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
+from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
-from .errors import ArgumentError, ShapeError, TensorError
+from .errors import ArgumentError
 from .exchange import heads_to_sequence, qkv_to_heads, start_sequence_to_heads
 from .flight import outside_graphs
-from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
+from .group import GroupLike, TorchGroup, check_kind, group_of
 from .own_heads import OwnAttention, own_heads
-from .plan import Plan, make_plan
+from .plan import Plan
 from .shapes import LAYOUTS, Layout
 
 __all__ = [
@@ -154,12 +153,15 @@ class DistributedAttention(nn.Module):
                 only all can see on all alike.
         """
         layout = self._layout(batch_dim_idx)
-        _check(query, key, value, layout)
+        check_shards(query, key, value, layout)
         check_tables(rotary_pos_emb, query, layout)
         group = group_of(self.spg)
         core = CoreAttention(self.local_attn, group, layout=layout.name)
         attend = core.own_attention(query, args, kwargs)
-        plan, kv_plan = self._plans(query, key, value, layout, group, attend.others)
+        gradient = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (query, key, value, *attend.others)
+        )
+        plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, gradient)
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)
         query, key, value = _travel(shards, plan, kv_plan, group, layout, apart=self.sp_stream is not None)
@@ -196,45 +198,6 @@ class DistributedAttention(nn.Module):
                 "Pass batch_dim_idx 0, or make the module with scatter_idx 2.",
             )
         return LAYOUTS[layouts[batch_dim_idx]]
-
-    def _plans(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: Layout,
-        group: TorchGroup,
-        others: Sequence[Tensor],
-    ) -> tuple[Plan, Plan]:
-        """Who owns what of the query, and of key and value."""
-        record = {
-            "tokens": query.shape[layout.sequence],
-            "kv_tokens": key.shape[layout.sequence],
-            "query_heads": query.shape[layout.heads],
-            "kv_heads": key.shape[layout.heads],
-            "head_dim": query.shape[3],
-            "value_dim": value.shape[3],
-            "batch": query.shape[layout.batch],
-            "dtype": DTYPES.index(query.dtype),
-            "key_dtype": DTYPES.index(key.dtype),
-            "value_dtype": DTYPES.index(value.dtype),
-            "layout": list(LAYOUTS).index(layout.name),
-            "requires_grad": int(_needs_gradient(query, key, value, *others)),
-        }
-        if self.plan is None:
-            sizes = gather(group, record, ("tokens", "kv_tokens"), query.device)
-            return _plans(record["query_heads"], record["kv_heads"], sizes["tokens"], sizes["kv_tokens"])
-        check_size(group, self.plan.ranks)
-        tokens = len(self.plan.tokens_of(group.rank))
-        planned = (tokens, tokens, self.plan.heads, self.plan.kv_heads)
-        found = tuple(record.values())[:4]
-        if found != planned:
-            raise ShapeError(
-                f"rank {group.rank} has {found[0]} tokens of the query, {found[1]} of the key, {found[2]} query "
-                f"heads and {found[3]} kv heads ({layout.name}); the plan says {', '.join(map(str, planned))}.",
-                "Pass tensors of those sizes, a plan made for them, or no plan.",
-            )
-        return self.plan, self.plan
 
     def _when_ready(
         self, query: Tensor, key: Tensor, value: Tensor, tables: tuple[Tensor, Tensor] | None
@@ -285,40 +248,3 @@ def _attend(
     if everywhere:
         return context, merged[0]
     return context, any(flag for (flag,) in group.all_gather_integers([int(merged[0])], context.device))
-
-
-@lru_cache(maxsize=64)
-def _plans(
-    heads: int, kv_heads: int, tokens: tuple[int, ...], kv_tokens: tuple[int, ...]
-) -> tuple[Plan, Plan]:
-    plan = make_plan(ranks=len(tokens), heads=heads, kv_heads=kv_heads, tokens=tokens)
-    return plan, replace(plan, tokens_by_rank=kv_tokens)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-@no_type_check
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, layout)
-        if tensor.device != query.device:
-            raise TensorError(
-                f"query is on {query.device}, {name} on {tensor.device}.",
-                f"Move {name} to the device of query.",
-            )
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
-    if not query.shape[layout.batch] == key.shape[layout.batch] == value.shape[layout.batch]:
-        raise ShapeError(f"batch differs: {shapes}.", "Give query, key and value the same batch.")
-    if key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
-        raise ShapeError(
-            f"sizes differ: {shapes}.",
-            "Give key and value the same tokens and heads, and query and key the same head dim.",
-        )
-    heads, kv_heads = query.shape[layout.heads], key.shape[layout.heads]
-    if not heads or not kv_heads or heads % kv_heads:
-        raise ShapeError(
-            f"{kv_heads} kv heads cannot serve {heads} query heads in equal groups: {shapes}.",
-            "Give a number of kv heads that divides the query heads, or the indices that the tensors have.",
-        )

@@ -106,6 +106,7 @@ class _SeqAllToAll:
     """The differentiable exchange. Its gradient is the exchange the other way."""
 
     @staticmethod
+    @outside_graphs
     @no_type_check
     def apply(
         group: GroupLike,

@@ -230,14 +230,20 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None
                 f"query is {query.dtype} on {query.device}, {name} is {tensor.dtype} on {tensor.device}.",
                 f"Convert {name} to the dtype and device of query.",
             )
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
     for word, dim in (("batch", layout.batch), ("tokens", layout.sequence)):
         if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
+            shapes = _shapes(query, key, value, layout)
             raise ShapeError(f"{word} differ: {shapes}.", f"Give query, key and value the same {word}.")
     if key.shape[layout.heads] != value.shape[layout.heads]:
+        shapes = _shapes(query, key, value, layout)
         raise ShapeError(f"kv heads differ: {shapes}.", "Give key and value the same heads.")
     if query.shape[3] != key.shape[3]:
+        shapes = _shapes(query, key, value, layout)
         raise ShapeError(f"head dims differ: {shapes}.", "Give query and key the same head dim.")
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
 
 
 def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:

@@ -88,7 +88,7 @@ class Flight:
         sent = outgoing.pack(tensors, place)
         received = self._received.get(id(incoming))
         if received is None:
-            received = self._received[id(incoming)] = incoming.new_buffer(sent.dtype)
+            received = self._received[id(incoming)] = incoming.new_buffer(sent)
         splits = incoming.splits[place_there], outgoing.splits[place]
         keeps = outgoing.kept is not None
         target = incoming.chunks_of(received, place_there)
@@ -169,25 +169,32 @@ class Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.reverse = group, tuple(route.reverse() for route in routes), async_op
+        ctx.reverse = group, tuple([route.reverse() for route in routes]), async_op
         ctx.save_for_backward(tensors[0].new_empty(0))
-        flights: list[Flight] = []
-        results: list[Tensor] = []
-        rest = tensors
-        for route in routes:
-            own, rest = rest[: route.tensors], rest[route.tensors :]
-            flights.append(Flight(group, route))
-            flights[-1].issue(0, own, async_op)
-            if not async_op:
-                results += flights.pop().wait((0,))
-        for flight in flights:
-            results += flight.wait((0,))
-        return tuple(results)
+        return _exchange(group, routes, async_op, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _recompute_here(ctx)
-        return None, None, None, *Exchange.apply(*ctx.reverse, *gradients)
+        exchange = Exchange.apply if torch.is_grad_enabled() else _exchange
+        return None, None, None, *exchange(*ctx.reverse, *gradients)
+
+
+def _exchange(
+    group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """`Exchange` without autograd."""
+    flights: list[Flight] = []
+    results: list[Tensor] = []
+    for route in routes:
+        own, tensors = tensors[: route.tensors], tensors[route.tensors :]
+        flights.append(Flight(group, route))
+        flights[-1].issue(0, own, async_op)
+        if not async_op:
+            results += flights.pop().wait((0,))
+    for flight in flights:
+        results += flight.wait((0,))
+    return tuple(results)
 
 
 def _recompute_here(ctx: Any) -> None:

@@ -17,8 +17,9 @@ from .shapes import Layout
 from .wire import Cut, Part
 
 MOST_KEPT_RANKS = 256
-FUSED_UP_TO = 2**18
-"""Bytes of query that a rank sends to another one, on average, up to which one collective beats three."""
+FUSED_UP_TO = 2**20
+"""Bytes of query, key and value that a rank sends to another one, on average, up to which one collective beats
+three. Measured on gloo, see docs/benchmarks.md; no other network has been measured."""
 
 Wire = Literal["auto", "fused", "separate", "pipelined"]
 

@@ -43,13 +43,13 @@ class Share:
 
     Args:
         tensors: of the first variant, see `run_variant`.
-        differing: the other variants that gave other bits, on this rank.
+        differing: the variants that gave other bits on this rank, and what they gave.
         sent: bytes that each variant sent to each rank of the world, forward and backward.
         uncounted: collectives that ran and whose bytes nobody counts.
     """
 
     tensors: Tensors
-    differing: tuple[str, ...]
+    differing: dict[str, Tensors]
     sent: dict[str, np.ndarray]
     uncounted: tuple[str, ...] = ()
 
@@ -59,7 +59,7 @@ def share_of(
 ) -> Share:
     """A rank's share, from the results of all variants."""
     first = results[VARIANTS[case.kind][0]]
-    differing = tuple(variant for variant, own in results.items() if not equal_bits(own, first))
+    differing = {variant: own for variant, own in results.items() if not equal_bits(own, first)}
     return Share(first, differing, sent, tuple(sorted(uncounted)))
 
 

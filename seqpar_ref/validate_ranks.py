@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from rich.console import Console
 
 from .device import device_of_backend, local_rank
@@ -43,9 +42,8 @@ class Ranks:
     def run(self, cases: list[Case], with_times: bool) -> bool:
         """Whether every case passed, on every rank. Ends the process if a rank is missing or fails."""
         self.device = self._device()
-        rearrange(
-            torch.zeros(1), "one -> one"
-        )  # einops imports much at first; while nobody waits for this rank
+        with BytesSent(1):
+            torch.zeros(1)  # PyTorch imports much before the first operation in a mode; nobody waits yet
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # the order of a sum must not depend on the machine
         meeting = meet(self.timeout)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import ArgumentError
-from .validate_judge import Errors, Row
+from .validate_errors import Errors
+from .validate_judge import Row
 from .validate_times import Sizes, Time
 
 WIDTH = 140
@@ -105,7 +106,7 @@ def _case_table(rows: list[Row]) -> Table:
             *_errors(row.gradient),
             f"{row.bytes_sent:,}",
             _word(row.bytes_equal),
-            _word(row.variant_bits),
+            "yes" if row.variant_bits else "NO" if row.problems else "no",
             _word(row.virtual_bits),
             "pass" if row.passed else "FAIL",
         )

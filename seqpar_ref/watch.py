@@ -173,13 +173,13 @@ class Watch:
         moved = [seen.hear(raw, now) for seen, raw in zip(self._seen, beats, strict=True)]
         if any(moved):
             self._moved = now
-        silent = [
-            seen.silence(rank, now)
-            for rank, seen in enumerate(self._seen)
-            if not seen.beat["done"] and self._is_silent(seen, now, self.timeout / 2, self.grace)
-        ]
-        if silent:
-            return "\n".join(silent)
+        waiting = [rank for rank, seen in enumerate(self._seen) if not seen.beat["done"]]
+        most = self.timeout / 2
+        if any(self._is_silent(self._seen[rank], now, most, self.grace) for rank in waiting):
+            silent = [
+                rank for rank in waiting if self._is_silent(self._seen[rank], now, most / 2, self.grace)
+            ]
+            return "\n".join(self._seen[rank].silence(rank, now) for rank in silent)
         if now - self._moved > 0.8 * self.timeout:
             stand = where_all_stand(self._seen)
             return f"no rank has gone on for {now - self._moved:.0f} s. They stand:\n{stand}"

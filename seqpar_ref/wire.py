@@ -79,23 +79,31 @@ class Block:
     """Pieces of one size that stand at equal distances, in a tensor and in a buffer.
 
     Args:
+        part: which tensor.
         shape: [pieces, one piece].
-        first, step: where the pieces begin along the dim of the cut.
-        place, strides: of the pieces in the buffer.
+        dim, first, step: where the pieces begin in the tensor, along the dim of the cut.
+        dense, begin: strides and begin of the view of a contiguous tensor, worked out beforehand.
+        strides, place: those of the view of the buffer.
     """
 
+    part: int
     shape: tuple[int, ...]
+    dim: int
     first: int
     step: int
-    place: int
+    dense: tuple[int, ...]
+    begin: int
     strides: tuple[int, ...]
+    place: int
 
-    def in_tensor(self, tensor: Shaped[Tensor, "_ _ _ _"], dim: int) -> Shaped[Tensor, "pieces _ _ _ _"]:
+    def in_tensor(self, tensor: Shaped[Tensor, "_ _ _ _"]) -> Shaped[Tensor, "pieces _ _ _ _"]:
         """The pieces as a view of the tensor."""
+        offset = tensor.storage_offset()
+        if tensor.is_contiguous():
+            return tensor.as_strided(self.shape, self.dense, offset + self.begin)
         strides = tensor.stride()
-        stride = strides[dim]
-        begin = tensor.storage_offset() + self.first * stride
-        return tensor.as_strided(self.shape, (self.step * stride, *strides), begin)
+        stride = strides[self.dim]
+        return tensor.as_strided(self.shape, (self.step * stride, *strides), offset + self.first * stride)
 
     def in_buffer(self, buffer: Shaped[Tensor, " size"], begin: int = 0) -> Shaped[Tensor, "pieces _ _ _ _"]:
         """The pieces as a view of the buffer, of which everything before `begin` is missing."""
@@ -181,9 +189,9 @@ class Cut:
         begin = self.begins[stage]
         blocks = self.blocks[stage]
         if blocks is not None:
-            for part, block in blocks:
-                tensor = self.parts[part].narrow(tensors[part])
-                block.in_buffer(buffer, begin).copy_(block.in_tensor(tensor, self.dim))
+            for block in blocks:
+                tensor = self.parts[block.part].narrow(tensors[block.part])
+                block.in_buffer(buffer, begin).copy_(block.in_tensor(tensor))
         else:
             rows = [
                 stretch
@@ -195,14 +203,13 @@ class Cut:
             write_rows(buffer.view(-1, self.row), self._written[stage], rows)
         return buffer
 
-    def new_buffer(self, dtype: torch.dtype) -> "Received":
-        """Memory for what is to come."""
-        if self.in_order or self.strided:
-            tensors = tuple(torch.empty(part.shape, dtype=dtype, device=self.device) for part in self.parts)
-            if self.in_order:
-                return Received(tensors, self._without_kept(tensors[0]))
-            return Received(tensors, torch.empty(sum(self.sizes), dtype=dtype, device=self.device))
-        return Received((), torch.empty(sum(self.sizes) + self.row, dtype=dtype, device=self.device))
+    def new_buffer(self, like: Tensor) -> "Received":
+        """Memory for what is to come, of the dtype of `like`."""
+        if not self.in_order and not self.strided:
+            return Received((), like.new_empty(sum(self.sizes) + self.row))
+        tensors = tuple([like.new_empty(part.shape) for part in self.parts])
+        buffer = self._without_kept(tensors[0]) if self.in_order else like.new_empty(sum(self.sizes))
+        return Received(tensors, buffer)
 
     def chunks_of(self, received: "Received", stage: int) -> Shaped[Tensor, " size"]:
         """The part of the buffer that receives the chunks of that stage."""
@@ -212,8 +219,7 @@ class Cut:
 
     def own_pieces(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
         """What of each tensor stays on the rank `kept` in that stage, as views."""
-        own = self._own_runs[stage]
-        return [tensor.narrow(self.dim, *run) for tensor, run in zip(tensors, own, strict=True)]
+        return [block.in_tensor(tensors[block.part]) for block in self._own_blocks[stage]]
 
     def unpack(self, received: "Received") -> tuple[Shaped[Tensor, "_ _ _ _"], ...]:
         """The tensors whose chunks the buffer received. The copies of one head are summed in rank order."""
@@ -222,8 +228,8 @@ class Cut:
             return tensors
         if self.strided:
             for blocks in self.blocks:
-                for part, block in blocks or ():
-                    block.in_tensor(tensors[part], self.dim).copy_(block.in_buffer(buffer))
+                for block in blocks or ():
+                    block.in_tensor(tensors[block.part]).copy_(block.in_buffer(buffer))
             return tensors
         rows = buffer.view(-1, self.row)
         return tuple(self._read_rows(rows, *read) for read in zip(self.parts, self._read, strict=True))
@@ -255,34 +261,46 @@ class Cut:
         return tensor.as_strided((size,), (1,), tensor.storage_offset() + begin)
 
     @cached_property
-    def _own_runs(self) -> list[list[tuple[int, int]]]:
-        """For each stage and part: first index and count of what the rank `kept` keeps."""
-        first_and_count = [
-            [(int(runs.first[self.kept]), int(runs.counts[self.kept])) for runs in stages]
-            for stages in self.runs
-        ]
-        return [list(parts) for parts in zip(*first_and_count, strict=True)]
+    def _own_blocks(self) -> list[list[Block]]:
+        """What the rank `kept` keeps, by stage."""
+        kept = self.kept or 0
+        parts = range(len(self.parts))
+        return [[self._block(part, stage, kept, kept + 1) for part in parts] for stage in range(self.stages)]
 
-    def _blocks(self, stage: int) -> list[tuple[int, Block]] | None:
-        """The pieces that travel, with their parts: all ranks', or those before and those behind the one kept.
+    def _blocks(self, stage: int) -> list[Block] | None:
+        """The pieces that travel: all ranks', or those before and those behind the one that is kept.
 
         None where pieces have several sizes, or stand at several distances.
         """
+        if any(runs[stage].step is None for runs in self.runs):
+            return None
         ranks = len(self.splits[stage])
         stretches = [(0, ranks)] if self.kept is None else [(0, self.kept), (self.kept + 1, ranks)]
-        blocks = []
-        for part, (first, end) in itertools.product(range(len(self.parts)), stretches):
-            runs, shape = self.runs[part][stage], self.parts[part].travelling
-            if runs.step is None:
-                return None
-            if first == end:
-                continue
-            shape[self.dim] = int(runs.counts[0])
-            strides = (max(self.splits[stage]), *_strides(shape))
-            place = int(self.starts[part, stage, first])
-            block = Block((end - first, *shape), int(runs.first[first]), runs.step, place, strides)
-            blocks.append((part, block))
-        return blocks
+        return [
+            self._block(part, stage, first, end)
+            for part in range(len(self.parts))
+            for first, end in stretches
+            if first < end
+        ]
+
+    def _block(self, part: int, stage: int, first: int, end: int) -> Block:
+        """The pieces of these ranks."""
+        runs, whole = self.runs[part][stage], self.parts[part].travelling
+        piece = [*whole]
+        piece[self.dim] = int(runs.counts[first])
+        start, step = int(runs.first[first]), runs.step or 0
+        dense = _strides(whole)
+        return Block(
+            part,
+            (end - first, *piece),
+            self.dim,
+            start,
+            step,
+            (step * dense[self.dim], *dense),
+            start * dense[self.dim],
+            (max(self.splits[stage]), *_strides(piece)),
+            int(self.starts[part, stage, first]),
+        )
 
     def _in_stretches(self, runs: Runs, tensor: Tensor) -> list[Tensor]:
         """The tensor, or its positions, in the pieces that equally many ranks hold."""
@@ -361,7 +379,7 @@ def _places_of(part: Part, runs: Runs, dim: int, row: int) -> Places:
 
 
 def _strides(shape: list[int]) -> tuple[int, int, int, int]:
-    """Strides of a piece that lies in one stretch."""
+    """Strides of what lies in one stretch of memory."""
     _, b, c, d = shape
     return b * c * d, c * d, d, 1
 

@@ -605,7 +605,7 @@ def test_a_step_with_a_side_stream_is_that_of_one_device(setting: Training) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS[::2], ids=str)
 def test_a_hundred_schedules_without_a_race_or_a_hazard(setting: Training) -> None:
     expected = on_virtual(train, 3, setting)
     for seed in range(100):
@@ -748,3 +748,24 @@ def output_stream() -> Tensor:
 
 def test_the_output_exchange_joins_its_stream() -> None:
     assert all((x == 3).all() for x in on_virtual(output_stream, 3))
+
+
+def differentiable(kind: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """On a rank: its own rows of each input through the module or through one exchange."""
+    mine = [x[dist.get_rank()] for x in inputs]
+    if kind == "exchange":
+        return (_SeqAllToAll.apply(None, mine[0] * mine[1], 2, 1, 0, None, {}, "q") * mine[2].sum(),)
+    return (DistributedAttention(causal_attention("b s h d"), None, 2, 1, torch.Stream())(*mine, 0),)
+
+
+@pytest.mark.parametrize("kind", ["exchange", "module"])
+def test_second_derivatives(kind: str) -> None:
+    """Judged by finite differences, over all ranks at once."""
+    shape = (2, 1, 1, 2, 1) if kind == "exchange" else (2, 1, 1, 1, 2)  # one head: a rank has none
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def ranks(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x for (x,) in on_virtual(differentiable, 2, kind, *inputs, autograd="joint"))
+
+    assert torch.autograd.gradcheck(ranks, inputs)
+    assert torch.autograd.gradgradcheck(ranks, inputs)

@@ -89,7 +89,7 @@ def test_the_reference_has_the_public_names(site):
         assert re.search(rf'id="simulator\.\w+\.{name}"', simulator), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/deepspeed.md"])
 def test_the_examples_run(page, capsys):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from seqpar_ref import cli, validate, validate_body
+from seqpar_ref import cli, validate, validate_body, validate_errors
 from seqpar_ref.checks import DTYPES
 from seqpar_ref.errors import ArgumentError
 from seqpar_ref.validate import Options
@@ -47,7 +47,8 @@ def faulty_runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "only"), [(1, ""), (2, "block"), (3, ""), (4, "tokens"), (5, "< ranks"), (5, "sub"), (8, "uneven")]
+    ("ranks", "only"),
+    [(1, ""), (2, "block"), (3, ""), (4, "tokens"), (5, "< ranks"), (5, "sub"), (8, "uneven")],
 )
 def test_every_case_passes_on_virtual_ranks(tmp_path, ranks, only):
     done = run(
@@ -274,7 +275,7 @@ def test_other_orders_of_the_ranks_are_variants():
     case = next(case for case in cases_for(3) if str(case) == "block, kv heads < ranks, float32")
     shares = run_on_virtual_ranks(case, schedules=3)
     names = [v if s is None else f"{v}, schedule {s}" for s in (None, 0, 1, 2) for v in VARIANTS["block"]]
-    assert all(list(share.sent) == names and share.differing == () for share in shares)
+    assert all(list(share.sent) == names and share.differing == {} for share in shares)
     assert judge(case, shares, None, CPU).passed
 
 
@@ -430,3 +431,27 @@ def test_without_a_fault_processes_started_by_hand_pass(ends):
     assert [found["fine", rank][0] for rank in range(RANKS)] == [0, 0, 0]
     assert json.loads((folder / "fine" / "json").read_text())["passed"]
     assert SCENARIOS.keys() == EXPECTED.keys() | {"fine"}
+
+
+def test_other_bits_fail_on_the_cpu_and_other_values_everywhere(monkeypatch):
+    case = cases_for(2)[0]
+    shares = run_on_virtual_ranks(case)
+    assert all(share.differing == {} for share in shares)
+
+    def with_chunks(change):
+        tensors = {name: tensor.clone() for name, tensor in shares[1].tensors.items()}
+        change(tensors["query"])
+        return [shares[0], replace(shares[1], differing={"chunks": tensors})]
+
+    def one_bit_more(gradient):
+        gradient[0, 0, 0, 0] = torch.nextafter(gradient[0, 0, 0, 0], torch.tensor(9.0).double())
+
+    monkeypatch.setattr(
+        validate_errors, "one_device", lambda *a, exact: one_device(case, a[1], CPU, exact=exact)
+    )
+    on_gpu = torch.device("cuda")
+    for change, on_cpu_fails, on_gpu_fails in ((one_bit_more, True, False), (torch.Tensor.zero_, True, True)):
+        for device, fails in ((CPU, on_cpu_fails), (on_gpu, on_gpu_fails)):
+            row = judge(case, with_chunks(change), None, device)
+            assert not row.variant_bits and row.passed is not fails
+            assert row.gradient.small is not (change is torch.Tensor.zero_)

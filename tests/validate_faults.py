@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch._dynamo  # einops imports it when it sees a tensor
+import torch._dynamo  # imported before the first operation in a mode
 import torch.distributed as dist
 import torch.distributed.nn.functional  # binds group.WORLD when it is imported, so before any group is there
 

@@ -1,25 +1,46 @@
 """The two implementations that the tests of this folder can run against, behind the same few words.
 
 `Ours` is seqpar_ref. `Original` is deepspeed.sequence.layer of the installed DeepSpeed, called with the
-arguments that its signatures ask for; only `pytest tests/defects --implementation deepspeed` uses it.
+arguments that its signatures ask for; only `pytest tests/defects --implementation deepspeed` uses it. Overlap is
+that of the original's names in both: `seqpar_ref.deepspeed` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar_ref import DistributedAttention, apply_rotary
+import seqpar_ref.deepspeed
+from seqpar_ref import DistributedAttention, apply_rotary, device
 
 THETA = 10_000.0
 Attention = Callable[..., Tensor]  # (query, key, value, *args) -> output
 
 
+class Overlapped(NamedTuple):
+    """Batch-first attention with a side stream.
+
+    Args:
+        remark: for the message of a failure.
+        arrived: of "q" or "k", whether the gradient's exchange was waited for.
+    """
+
+    attention: Attention
+    remark: Callable[[], str]
+    arrived: Callable[[str], bool]
+
+
 class Ours:
+    @staticmethod
+    def names() -> ModuleType:
+        return seqpar_ref.deepspeed
+
     @staticmethod
     def module(local_attention: Attention, layout: str, group: Any = None) -> Attention:
         return DistributedAttention(local_attention, group, layout=layout)
@@ -44,9 +65,21 @@ class Ours:
         return call
 
     @staticmethod
-    def attention_with_overlap(local_attention: Attention) -> tuple[Attention, Callable[[], str]]:
-        """Batch-first attention, and a remark for the message of a failure."""
-        return Ours.module(local_attention, "b s h d"), str
+    def attention_with_overlap(local_attention: Attention, stream: Any = None) -> Overlapped:
+        if stream is None:  # virtual ranks have streams, a CPU has none
+            stream = NoAccelerator() if device.current_stream() is None else torch.Stream()
+        module = Ours.names().DistributedAttention(local_attention, dist.group.WORLD, 2, 1, stream)
+        return Overlapped(lambda query, key, value: module(query, key, value, 0), str, lambda name: True)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def on_accelerator(accelerator: Any) -> Iterator[None]:
+        """While this is open, the current stream is the accelerator's. For processes, not for virtual ranks."""
+        real, device.current_stream = device.current_stream, accelerator.current_stream
+        try:
+            yield
+        finally:
+            device.current_stream = real
 
     @staticmethod
     def declare_sequence_parallel_size(size: int | None) -> None:
@@ -63,11 +96,17 @@ class Original:
     }
 
     @staticmethod
-    def module(local_attention: Attention, layout: str, group: Any = None) -> Attention:
+    def names() -> ModuleType:
         from deepspeed.sequence import layer
 
+        return layer
+
+    @staticmethod
+    def module(local_attention: Attention, layout: str, group: Any = None) -> Attention:
         scatter, gather, _ = Original.INDICES[layout]
-        return layer.DistributedAttention(local_attention, group or dist.group.WORLD, scatter, gather)
+        return Original.names().DistributedAttention(
+            local_attention, group or dist.group.WORLD, scatter, gather
+        )
 
     @staticmethod
     def attention(local_attention: Attention, layout: str, group: Any = None) -> Attention:
@@ -77,9 +116,7 @@ class Original:
 
     @staticmethod
     def attention_with_defaults(local_attention: Attention) -> Attention:
-        from deepspeed.sequence import layer
-
-        module = layer.DistributedAttention(local_attention, dist.group.WORLD)
+        module = Original.names().DistributedAttention(local_attention, dist.group.WORLD)
         return lambda query, key, value: module(query, key, value, 0)
 
     @staticmethod
@@ -98,18 +135,31 @@ class Original:
         return call
 
     @staticmethod
-    def attention_with_overlap(local_attention: Attention) -> tuple[Attention, Callable[[], str]]:
+    def attention_with_overlap(local_attention: Attention, stream: Any = None) -> Overlapped:
         """A CPU has no streams: the waits of the stand-in do nothing, the asynchronous exchanges are real."""
-        from deepspeed.sequence import layer
+        layer = Original.names()
+        layer.get_accelerator = lambda: NoAccelerator  # for the backward pass too
+        stream = NoAccelerator() if stream is None else stream
+        module = layer.DistributedAttention(local_attention, dist.group.WORLD, 2, 1, stream)
+        handles = module.overlap_handles = InFlight()
 
-        layer.get_accelerator = lambda: NoAccelerator
-        module = layer.DistributedAttention(local_attention, dist.group.WORLD, 2, 1, NoAccelerator())
-        module.overlap_handles = InFlight()
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return module(query, key, value, 0)
 
         def remark() -> str:
-            return f" ({module.overlap_handles.overwritten} exchanges overwritten before their wait)"
+            return f" ({handles.overwritten} exchanges overwritten before their wait)"
 
-        return lambda query, key, value: module(query, key, value, 0), remark
+        return Overlapped(attention, remark, lambda name: handles[f"d{name}_work"].waited)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def on_accelerator(accelerator: Any) -> Iterator[None]:
+        layer = Original.names()
+        real, layer.get_accelerator = layer.get_accelerator, lambda: accelerator
+        try:
+            yield
+        finally:
+            layer.get_accelerator = real
 
     @staticmethod
     def declare_sequence_parallel_size(size: int | None) -> None:

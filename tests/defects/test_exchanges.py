@@ -70,7 +70,7 @@ def test_d16_the_payload_is_copied_once_before_and_once_after(run, heads):
 def micro_batches(implementation, cases):
     """Forward of every case through one module, then one backward through all."""
     rank = dist.get_rank()
-    attention, remark = implementation.attention_with_overlap(causal_attention("b s h d"))
+    attention, remark, _ = implementation.attention_with_overlap(causal_attention("b s h d"))
     leaves = [[case.shard(case.whole(name), rank).requires_grad_() for name in INPUTS] for case in cases]
     inputs = [[leaf.view_as(leaf) for leaf in triple] for triple in leaves]
     outputs = [attention(*triple) for triple in inputs]

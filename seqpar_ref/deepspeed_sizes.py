@@ -1,0 +1,101 @@
+"""What each rank brings to a call of `deepspeed.DistributedAttention`, and the plans that all make of it.
+
+In the original the number of heads is a global that the first call sets (D6), and nobody compares tokens (D14).
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from .agreement import gather
+from .checks import DTYPES, check_tensor, no_type_check
+from .errors import ShapeError, TensorError
+from .group import TorchGroup, check_size
+from .plan import Plan, make_plan
+from .shapes import LAYOUTS, Layout
+
+
+@no_type_check
+def check_shards(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
+    """Refuse query, key and value that do not belong together. The query may have other tokens than the others.
+
+    Raises:
+        TensorError, ShapeError: with the sizes.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, layout)
+        if tensor.device != query.device:
+            raise TensorError(
+                f"query is on {query.device}, {name} on {tensor.device}.",
+                f"Move {name} to the device of query.",
+            )
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
+    if not query.shape[layout.batch] == key.shape[layout.batch] == value.shape[layout.batch]:
+        raise ShapeError(f"batch differs: {shapes}.", "Give query, key and value the same batch.")
+    if key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
+        raise ShapeError(
+            f"sizes differ: {shapes}.",
+            "Give key and value the same tokens and heads, and query and key the same head dim.",
+        )
+    heads, kv_heads = query.shape[layout.heads], key.shape[layout.heads]
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ShapeError(
+            f"{kv_heads} kv heads cannot serve {heads} query heads in equal groups: {shapes}.",
+            "Give a number of kv heads that divides the query heads, or the indices that the tensors have.",
+        )
+
+
+def plans_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    group: TorchGroup,
+    plan: Plan | None,
+    requires_grad: bool,
+) -> tuple[Plan, Plan]:
+    """Who owns what of the query, and of key and value. They differ in tokens where attention is cross attention.
+
+    Without a plan the ranks exchange a record of 12 integers, 96 bytes to each other rank.
+
+    Raises:
+        RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.
+        GroupError, ShapeError: the plan is for another number of ranks, or for other sizes.
+    """
+    record = {
+        "tokens": query.shape[layout.sequence],
+        "kv_tokens": key.shape[layout.sequence],
+        "query_heads": query.shape[layout.heads],
+        "kv_heads": key.shape[layout.heads],
+        "head_dim": query.shape[3],
+        "value_dim": value.shape[3],
+        "batch": query.shape[layout.batch],
+        "dtype": DTYPES.index(query.dtype),
+        "key_dtype": DTYPES.index(key.dtype),
+        "value_dtype": DTYPES.index(value.dtype),
+        "layout": list(LAYOUTS).index(layout.name),
+        "requires_grad": int(requires_grad),
+    }
+    if plan is None:
+        sizes = gather(group, record, ("tokens", "kv_tokens"), query.device)
+        return _plans(record["query_heads"], record["kv_heads"], sizes["tokens"], sizes["kv_tokens"])
+    check_size(group, plan.ranks)
+    tokens = len(plan.tokens_of(group.rank))
+    planned = (tokens, tokens, plan.heads, plan.kv_heads)
+    found = tuple(record.values())[:4]
+    if found != planned:
+        raise ShapeError(
+            f"rank {group.rank} has {found[0]} tokens of the query, {found[1]} of the key, {found[2]} query heads "
+            f"and {found[3]} kv heads ({layout.name}); the plan says {', '.join(map(str, planned))}.",
+            "Pass tensors of those sizes, a plan made for them, or no plan.",
+        )
+    return plan, plan
+
+
+@lru_cache(maxsize=64)
+def _plans(
+    heads: int, kv_heads: int, tokens: tuple[int, ...], kv_tokens: tuple[int, ...]
+) -> tuple[Plan, Plan]:
+    plan = make_plan(ranks=len(tokens), heads=heads, kv_heads=kv_heads, tokens=tokens)
+    return plan, replace(plan, tokens_by_rank=kv_tokens)
