@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 2967d12666133f5cf3a58e1a362539d8ff220a9ae23388ee1039c7309cddf09f
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 0b5d0c9a9c3486a7c7f298fb967c5869006afd0d29158ef7f5cf9b12caf7038d
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -26,373 +26,6 @@ var seqparExplorer = (() => {
     shown: () => shown
   });
 
-  // values.ts
-  function literal(text) {
-    const trimmed = text.trim();
-    if (trimmed === "") return null;
-    if (/^[+-]?\d+$/.test(trimmed)) return BigInt(trimmed.replace("+", ""));
-    if (/^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/.test(trimmed)) return Number(trimmed);
-    return trimmed;
-  }
-  function literals(text) {
-    if (!text.includes(",")) return literal(text);
-    return text.replace(/,\s*$/, "").split(",").map(literal);
-  }
-  function repr(value) {
-    if (value === null) return "None";
-    if (Array.isArray(value)) return `[${value.map(repr).join(", ")}]`;
-    if (typeof value === "string") return reprOfString(value);
-    if (typeof value === "number") return reprOfFloat(value);
-    return String(value);
-  }
-  function kindOf(value) {
-    if (value === null) return "NoneType";
-    if (Array.isArray(value)) return "list";
-    return { bigint: "int", number: "float", string: "str" }[typeof value];
-  }
-  function reprOfString(text) {
-    const quote = text.includes("'") && !text.includes('"') ? '"' : "'";
-    const escaped = text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n").replaceAll("	", "\\t");
-    return quote + (quote === "'" ? escaped.replaceAll("'", "\\'") : escaped) + quote;
-  }
-  function reprOfFloat(value) {
-    if (!Number.isFinite(value)) return value > 0 ? "inf" : "-inf";
-    if (Object.is(value, -0)) return "-0.0";
-    const [digits, exponent] = value.toExponential().split("e");
-    const power = Number(exponent);
-    if (value !== 0 && (power < -4 || power >= 16)) {
-      return `${digits}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
-    }
-    return Number.isInteger(value) ? `${value}.0` : String(value);
-  }
-
-  // plan.ts
-  var SeqparError = class extends Error {
-    /** As in Python, str(error) is two lines: what is wrong, and what to change. */
-    constructor(kind, wrong, change) {
-      super(`${wrong}
-  ${change}`);
-      this.kind = kind;
-    }
-    kind;
-  };
-  var MOST_RANKS = 2n ** 20n;
-  var POLICIES = ["auto", "balanced", "groups"];
-  var ITEM_SIZES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n };
-  var count = (run) => run.end - run.first;
-  var sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
-  function makePlan(request) {
-    const [ranks, heads] = integers("ranks, heads", [request.ranks, request.heads]);
-    if (ranks < 1n) throw planError("a plan for 0 ranks divides nothing.", "Use at least 1 rank.");
-    if (ranks > MOST_RANKS) {
-      throw planError(`a plan for ${ranks} ranks is too large.`, `Use at most ${MOST_RANKS} ranks.`);
-    }
-    const kvHeads = checkedKvHeads(heads, request.kv_heads ?? heads);
-    if (!POLICIES.includes(request.policy)) {
-      throw planError(`${repr(request.policy)} is no policy.`, 'Use "auto", "balanced" or "groups".');
-    }
-    const tokens = tokensByRank(request.tokens, ranks);
-    const groups = divide(kvHeads, ranks).map((share) => share * (heads / kvHeads));
-    const candidates = {
-      balanced: planOf(tokens, divide(heads, ranks), kvHeads),
-      groups: planOf(tokens, groups, kvHeads)
-    };
-    if (request.policy !== "auto") return candidates[request.policy];
-    const [cost, other] = [costOf(candidates.balanced), costOf(candidates.groups)];
-    const fewerBytes = other[0] === cost[0] && other[1] < cost[1];
-    return other[0] < cost[0] || fewerBytes ? candidates.groups : candidates.balanced;
-  }
-  function vectors(plan, heads) {
-    return plan.tokenRuns.map(
-      (tokens, sender) => plan.headRuns[heads].map((held, receiver) => sender === receiver ? 0 : count(tokens) * count(held))
-    );
-  }
-  function checkedSizes(plan, batch, headDim, dtype) {
-    const [rows, dim] = integers("batch, head_dim, value_dim", [batch, headDim, headDim]);
-    const size = Object.hasOwn(ITEM_SIZES, dtype) ? ITEM_SIZES[dtype] : void 0;
-    if (size === void 0) {
-      throw planError(`dtype is ${repr(dtype)}.`, "Pass a torch.dtype, such as torch.bfloat16.");
-    }
-    const largest = rows > dim ? rows : dim;
-    if (4n * largest * rows * BigInt(plan.tokens) * BigInt(plan.heads) * size >= 2n ** 63n) {
-      throw planError(`batch ${rows}, head dim ${dim} are more than can be counted.`, "Use smaller ones.");
-    }
-    return [rows, dim, size];
-  }
-  function bytesOf(plan, batch, headDim, itemSize) {
-    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")];
-    return query.map(
-      (row, sender) => row.map((sent, receiver) => {
-        const travelling = sent + 2 * kv[sender][receiver] + query[receiver][sender];
-        return batch * itemSize * headDim * BigInt(travelling);
-      })
-    );
-  }
-  function table(plan) {
-    let shown2 = plan.tokenRuns.map((_, rank) => rank);
-    if (plan.ranks > 16) shown2 = [...shown2.slice(0, 8), ...shown2.slice(-4)];
-    const rows = [["rank", "tokens", "query heads", "kv heads"]];
-    for (const rank of shown2) {
-      const owned = [plan.tokenRuns[rank], plan.headRuns.query[rank], plan.headRuns.kv[rank]];
-      rows.push([String(rank), ...owned.map(describe)]);
-    }
-    if (plan.ranks > 16) rows.splice(9, 0, ["...", "...", "...", "..."]);
-    const widths = [0, 1, 2, 3].map((column) => Math.max(...rows.map((row) => row[column].length)));
-    const lines = rows.map((row) => row.map((cell, column) => cell.padStart(widths[column])).join("  "));
-    const sizes = `${plan.tokens} tokens, ${plan.heads} query heads, ${plan.kvHeads} kv heads`;
-    return [`${plan.ranks} ranks, ${sizes}`, ...lines].join("\n");
-  }
-  function describe(run) {
-    if (count(run) === 0) return "-";
-    return count(run) === 1 ? String(run.first) : `${run.first}-${run.end - 1}`;
-  }
-  function planError(wrong, change) {
-    return new SeqparError("PlanError", wrong, change);
-  }
-  function integers(name, values) {
-    if (!Array.isArray(values)) {
-      const shown2 = repr(values).split(/\s+/).join(" ").trim();
-      throw planError(`${name} is ${shown2}.`, "Use integers: one, or a list of them.");
-    }
-    return values.map((value) => {
-      if (typeof value !== "bigint") {
-        throw planError(
-          `${name} holds ${repr(value)}, a ${kindOf(value)}.`,
-          "Use integers, not floats or bools."
-        );
-      }
-      if (value < 0n) throw planError(`${name} holds ${value}.`, "Use integers of at least 0.");
-      return value;
-    });
-  }
-  function checkedKvHeads(heads, given) {
-    const [kvHeads] = integers("kv_heads", [given]);
-    if (heads < 1n) throw planError("0 query heads attend to nothing.", "Use at least 1 query head.");
-    if (kvHeads < 1n || heads % kvHeads !== 0n) {
-      const most = heads < 4096n ? Number(heads) : 4096;
-      const legal = Array.from({ length: most }, (_, i) => i + 1).filter((d) => heads % BigInt(d) === 0n);
-      throw planError(
-        `${kvHeads} kv heads cannot serve ${heads} query heads in equal groups.`,
-        `Use a number of kv heads that divides ${heads}: ${legal.join(", ")}.`
-      );
-    }
-    return kvHeads;
-  }
-  function tokensByRank(tokens, ranks) {
-    if (typeof tokens === "bigint") return divide(integers("tokens", [tokens])[0], ranks);
-    const byRank = integers("tokens", tokens);
-    if (BigInt(byRank.length) !== ranks) {
-      throw planError(
-        `tokens has ${byRank.length} entries for ${ranks} ranks.`,
-        `Give one count for each of the ${ranks} ranks, zeros included, or the total.`
-      );
-    }
-    return byRank;
-  }
-  function divide(things, ranks) {
-    const [share, leftOver] = [things / ranks, things % ranks];
-    return Array.from({ length: Number(ranks) }, (_, rank) => share + (BigInt(rank) < leftOver ? 1n : 0n));
-  }
-  function planOf(tokensByRank2, headsByRank, kvHeads) {
-    const add = (total, entry) => total + entry;
-    const [tokens, heads] = [tokensByRank2.reduce(add, 0n), headsByRank.reduce(add, 0n)];
-    if (tokens * heads * BigInt(tokensByRank2.length) >= 2n ** 48n) {
-      throw planError(
-        `${tokens} tokens of ${heads} heads on ${tokensByRank2.length} ranks are too many to count.`,
-        "Keep tokens times heads times ranks below 2**48."
-      );
-    }
-    const query = runsOf(headsByRank.map(Number));
-    return {
-      ranks: tokensByRank2.length,
-      tokens: Number(tokens),
-      heads: Number(heads),
-      kvHeads: Number(kvHeads),
-      tokenRuns: runsOf(tokensByRank2.map(Number)),
-      headRuns: { query, ...kvRuns(query, Number(heads / kvHeads)) }
-    };
-  }
-  function runsOf(counts) {
-    let end = 0;
-    return counts.map((own) => ({ first: end, end: end += own }));
-  }
-  function kvRuns(query, ratio) {
-    const kv = query.map((run) => {
-      const first = Math.floor(run.first / ratio);
-      return { first, end: count(run) > 0 ? Math.ceil(run.end / ratio) : first };
-    });
-    let heldBelow = 0;
-    const once = kv.map((run) => {
-      const first = Math.max(run.first, heldBelow);
-      heldBelow = Math.max(heldBelow, run.end);
-      return { first, end: Math.max(run.end, first) };
-    });
-    return { kv, "kv once": once };
-  }
-  function costOf(plan) {
-    const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map(
-      (r) => r.map(count)
-    );
-    const copies = sum(kv);
-    let [fullest, busiest] = [0, 0];
-    for (let rank = 0; rank < plan.ranks; rank++) {
-      const there = tokens[rank] * (plan.heads - query[rank] + 2 * (copies - kv[rank]));
-      fullest = Math.max(fullest, query[rank]);
-      busiest = Math.max(busiest, there + query[rank] * (plan.tokens - tokens[rank]));
-    }
-    return [fullest, busiest];
-  }
-
-  // wire.ts
-  var LAYOUTS = ["b s h d", "s b h d", "b h s d"];
-  var FUSED_UP_TO = 2n ** 18n;
-  function wireOf(plan, { batch, headDim, itemSize }) {
-    const pairs = BigInt(Math.max(1, plan.ranks * (plan.ranks - 1)));
-    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map(
-      (matrix) => BigInt(sum(matrix.map(sum)))
-    );
-    const mean = batch * itemSize * headDim * (query + 2n * kv) / pairs;
-    return mean <= FUSED_UP_TO ? "fused" : "pipelined";
-  }
-  function routeOf(plan, rank, layout, sizes, tensors) {
-    const words = layout.split(" ");
-    const before = (dim) => words.slice(0, words.indexOf(dim));
-    const runs = tensors.map((tensor) => runsOfTensor(plan, tensor));
-    const totals = tensors.map((tensor) => totalHeads(plan, tensor));
-    const ownTokens = BigInt(count(plan.tokenRuns[rank]));
-    const lengths = (tokens2, heads2) => ({
-      b: sizes.batch,
-      s: tokens2,
-      h: heads2
-    });
-    const product = (dims, length) => dims.reduce((total, dim) => total * length[dim], 1n);
-    const heads = cutOf(
-      tensors,
-      runs.map((own, part) => ({
-        runs: own,
-        total: totals[part],
-        across: sizes.batch * ownTokens * sizes.headDim,
-        before: product(before("h"), lengths(ownTokens, BigInt(totals[part])))
-      }))
-    );
-    const tokens = cutOf(
-      tensors,
-      runs.map((own) => ({
-        runs: plan.tokenRuns,
-        total: plan.tokens,
-        across: sizes.batch * BigInt(count(own[rank])) * sizes.headDim,
-        before: product(before("s"), lengths(BigInt(plan.tokens), BigInt(count(own[rank]))))
-      }))
-    );
-    const kept = [heads, tokens].every((cut) => mayKeep(cut, rank, plan.ranks));
-    return { byHeads: laidOut(heads, kept ? rank : null), byTokens: laidOut(tokens, kept ? rank : null) };
-  }
-  var runsOfTensor = (plan, tensor) => plan.headRuns[tensor === "query" || tensor === "output" ? "query" : "kv"];
-  var totalHeads = (plan, tensor) => tensor === "query" || tensor === "output" ? plan.heads : plan.kvHeads;
-  function cutOf(tensors, parts) {
-    const alone = (part) => part.runs.length === 1 || part.before === 1n;
-    if (parts.length === 1 && isOnce(parts[0]) && alone(parts[0])) return { tensors, parts, way: "in order" };
-    return { tensors, parts, way: parts.every((part) => hasStep(part.runs)) ? "strided" : "ragged" };
-  }
-  var isOnce = (part) => sum(part.runs.map(count)) === part.total;
-  function hasStep(runs) {
-    const steps = runs.slice(1).map((run, i) => run.first - runs[i].first);
-    return new Set(runs.map(count)).size <= 1 && new Set(steps).size <= 1;
-  }
-  function mayKeep({ parts, way }, rank, ranks) {
-    const strided = parts.every((part) => isOnce(part) && hasStep(part.runs));
-    return strided && (rank === 0 || rank === ranks - 1 || way !== "in order");
-  }
-  function laidOut({ tensors, parts, way }, kept) {
-    const pieces = [];
-    let end = 0n;
-    for (let rank = 0; rank < parts[0].runs.length; rank++) {
-      if (rank === kept) continue;
-      parts.forEach((part, i) => {
-        const begin = end;
-        end += BigInt(count(part.runs[rank])) * part.across;
-        pieces.push({ tensor: tensors[i], rank, begin, end });
-      });
-    }
-    return { tensors, pieces, elements: end, kept: kept !== null, way };
-  }
-
-  // setting.ts
-  var DEFAULTS = {
-    ranks: "4",
-    tokens: "10",
-    heads: "9",
-    kv_heads: "3",
-    policy: "balanced",
-    layout: "b s h d",
-    batch: "1",
-    head_dim: "8",
-    dtype: "float32",
-    step: "shards"
-  };
-  var PRESETS = {
-    even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8", policy: "balanced" },
-    uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3", policy: "balanced" },
-    replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2", policy: "balanced" },
-    "fewer heads than ranks": {
-      ranks: "4",
-      tokens: "3, 5, 0, 2",
-      heads: "3",
-      kv_heads: "",
-      policy: "balanced"
-    }
-  };
-  var DRAWN_RANKS = 16;
-  function worldOf(setting) {
-    const plan = makePlan({
-      ranks: literal(setting.ranks),
-      heads: literal(setting.heads),
-      kv_heads: literal(setting.kv_heads),
-      tokens: literals(setting.tokens),
-      policy: setting.policy
-    });
-    const [batch, headDim, itemSize] = checkedSizes(
-      plan,
-      literal(setting.batch),
-      literal(setting.head_dim),
-      setting.dtype
-    );
-    const sizes = { batch, headDim, itemSize };
-    checkLayout(setting.layout);
-    if (headDim === 0n) {
-      const shape = shapeOf(setting.layout, sizes, BigInt(plan.tokenRuns[0].end), BigInt(plan.heads));
-      throw new SeqparError("ShapeError", `query is ${shape}: head dim 0.`, "Use a head dim of at least 1.");
-    }
-    const layout = setting.layout;
-    const drawn = plan.ranks <= DRAWN_RANKS;
-    return { plan, layout, sizes, exchange: drawn ? exchangeOf(plan, layout, sizes) : null };
-  }
-  function exchangeOf(plan, layout, sizes) {
-    const wire = wireOf(plan, sizes);
-    const together = wire === "fused" ? [["query", "key", "value"]] : [["query"], ["key"], ["value"]];
-    const ranks = plan.tokenRuns.map((_, rank) => rank);
-    const there = ranks.map((rank) => together.map((tensors) => routeOf(plan, rank, layout, sizes, tensors)));
-    const back = ranks.map((rank) => routeOf(plan, rank, layout, sizes, ["output"]));
-    return { plan, layout, sizes, wire, there, back };
-  }
-  function shapeOf(layout, { batch, headDim }, tokens, heads) {
-    const length = { b: batch, s: tokens, h: heads, d: headDim };
-    return `(${layout.split(" ").map((word) => length[word]).join(", ")})`;
-  }
-  function checkLayout(layout) {
-    if (LAYOUTS.includes(layout)) return;
-    const known = LAYOUTS.map(repr).join(", ");
-    throw new SeqparError("LayoutError", `${repr(layout)} is no layout.`, `Use one of ${known}.`);
-  }
-  function fromHash(hash) {
-    const given = new URLSearchParams(hash.replace(/^#/, ""));
-    const known = Object.entries(DEFAULTS).map(([name, value]) => [name, given.get(name) ?? value]);
-    return Object.fromEntries(known);
-  }
-  function toHash(setting) {
-    return `#${new URLSearchParams(setting)}`;
-  }
-
   // from_python.json
   var from_python_default = {
     lines: {
@@ -414,7 +47,7 @@ var seqparExplorer = (() => {
         file: "seqpar_ref/wire.py",
         function: "Cut.pack",
         lines: [
-          "block.in_buffer(buffer, begin).copy_(block.in_tensor(tensor, self.dim))"
+          "block.in_buffer(buffer, begin).copy_(block.in_tensor(tensor))"
         ]
       },
       "pack ragged": {
@@ -459,8 +92,8 @@ var seqparExplorer = (() => {
         function: "Cut.unpack",
         lines: [
           "for blocks in self.blocks:",
-          "    for part, block in blocks or ():",
-          "        block.in_tensor(tensors[part], self.dim).copy_(block.in_buffer(buffer))"
+          "    for block in blocks or ():",
+          "        block.in_tensor(tensors[block.part]).copy_(block.in_buffer(buffer))"
         ]
       },
       "unpack ragged": {
@@ -507,6 +140,11 @@ var seqparExplorer = (() => {
           "return heads_to_sequence(result, plan, group, layout=self.layout)"
         ]
       }
+    },
+    bounds: {
+      fusedUpTo: 1048576,
+      mostRanks: 1048576,
+      drawnRanks: 16
     },
     colours: {
       "1": [
@@ -1087,6 +725,373 @@ var seqparExplorer = (() => {
       ]
     }
   };
+
+  // values.ts
+  function literal(text) {
+    const trimmed = text.trim();
+    if (trimmed === "") return null;
+    if (/^[+-]?\d+$/.test(trimmed)) return BigInt(trimmed.replace("+", ""));
+    if (/^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/.test(trimmed)) return Number(trimmed);
+    return trimmed;
+  }
+  function literals(text) {
+    if (!text.includes(",")) return literal(text);
+    return text.replace(/,\s*$/, "").split(",").map(literal);
+  }
+  function repr(value) {
+    if (value === null) return "None";
+    if (Array.isArray(value)) return `[${value.map(repr).join(", ")}]`;
+    if (typeof value === "string") return reprOfString(value);
+    if (typeof value === "number") return reprOfFloat(value);
+    return String(value);
+  }
+  function kindOf(value) {
+    if (value === null) return "NoneType";
+    if (Array.isArray(value)) return "list";
+    return { bigint: "int", number: "float", string: "str" }[typeof value];
+  }
+  function reprOfString(text) {
+    const quote = text.includes("'") && !text.includes('"') ? '"' : "'";
+    const escaped = text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n").replaceAll("	", "\\t");
+    return quote + (quote === "'" ? escaped.replaceAll("'", "\\'") : escaped) + quote;
+  }
+  function reprOfFloat(value) {
+    if (!Number.isFinite(value)) return value > 0 ? "inf" : "-inf";
+    if (Object.is(value, -0)) return "-0.0";
+    const [digits, exponent] = value.toExponential().split("e");
+    const power = Number(exponent);
+    if (value !== 0 && (power < -4 || power >= 16)) {
+      return `${digits}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
+    }
+    return Number.isInteger(value) ? `${value}.0` : String(value);
+  }
+
+  // plan.ts
+  var SeqparError = class extends Error {
+    /** As in Python, str(error) is two lines: what is wrong, and what to change. */
+    constructor(kind, wrong, change) {
+      super(`${wrong}
+  ${change}`);
+      this.kind = kind;
+    }
+    kind;
+  };
+  var MOST_RANKS = BigInt(from_python_default.bounds.mostRanks);
+  var POLICIES = ["auto", "balanced", "groups"];
+  var ITEM_SIZES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n };
+  var count = (run) => run.end - run.first;
+  var sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+  function makePlan(request) {
+    const [ranks, heads] = integers("ranks, heads", [request.ranks, request.heads]);
+    if (ranks < 1n) throw planError("a plan for 0 ranks divides nothing.", "Use at least 1 rank.");
+    if (ranks > MOST_RANKS) {
+      throw planError(`a plan for ${ranks} ranks is too large.`, `Use at most ${MOST_RANKS} ranks.`);
+    }
+    const kvHeads = checkedKvHeads(heads, request.kv_heads ?? heads);
+    if (!POLICIES.includes(request.policy)) {
+      throw planError(`${repr(request.policy)} is no policy.`, 'Use "auto", "balanced" or "groups".');
+    }
+    const tokens = tokensByRank(request.tokens, ranks);
+    const groups = divide(kvHeads, ranks).map((share) => share * (heads / kvHeads));
+    const candidates = {
+      balanced: planOf(tokens, divide(heads, ranks), kvHeads),
+      groups: planOf(tokens, groups, kvHeads)
+    };
+    if (request.policy !== "auto") return candidates[request.policy];
+    const [cost, other] = [costOf(candidates.balanced), costOf(candidates.groups)];
+    const fewerBytes = other[0] === cost[0] && other[1] < cost[1];
+    return other[0] < cost[0] || fewerBytes ? candidates.groups : candidates.balanced;
+  }
+  function vectors(plan, heads) {
+    return plan.tokenRuns.map(
+      (tokens, sender) => plan.headRuns[heads].map((held, receiver) => sender === receiver ? 0 : count(tokens) * count(held))
+    );
+  }
+  function checkedSizes(plan, batch, headDim, dtype) {
+    const [rows, dim] = integers("batch, head_dim, value_dim", [batch, headDim, headDim]);
+    const size = Object.hasOwn(ITEM_SIZES, dtype) ? ITEM_SIZES[dtype] : void 0;
+    if (size === void 0) {
+      throw planError(`dtype is ${repr(dtype)}.`, "Pass a torch.dtype, such as torch.bfloat16.");
+    }
+    const largest = rows > dim ? rows : dim;
+    if (4n * largest * rows * BigInt(plan.tokens) * BigInt(plan.heads) * size >= 2n ** 63n) {
+      throw planError(`batch ${rows}, head dim ${dim} are more than can be counted.`, "Use smaller ones.");
+    }
+    return [rows, dim, size];
+  }
+  function bytesOf(plan, batch, headDim, itemSize) {
+    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")];
+    return query.map(
+      (row, sender) => row.map((sent, receiver) => {
+        const travelling = sent + 2 * kv[sender][receiver] + query[receiver][sender];
+        return batch * itemSize * headDim * BigInt(travelling);
+      })
+    );
+  }
+  function table(plan) {
+    let shown2 = plan.tokenRuns.map((_, rank) => rank);
+    if (plan.ranks > 16) shown2 = [...shown2.slice(0, 8), ...shown2.slice(-4)];
+    const rows = [["rank", "tokens", "query heads", "kv heads"]];
+    for (const rank of shown2) {
+      const owned = [plan.tokenRuns[rank], plan.headRuns.query[rank], plan.headRuns.kv[rank]];
+      rows.push([String(rank), ...owned.map(describe)]);
+    }
+    if (plan.ranks > 16) rows.splice(9, 0, ["...", "...", "...", "..."]);
+    const widths = [0, 1, 2, 3].map((column) => Math.max(...rows.map((row) => row[column].length)));
+    const lines = rows.map((row) => row.map((cell, column) => cell.padStart(widths[column])).join("  "));
+    const sizes = `${plan.tokens} tokens, ${plan.heads} query heads, ${plan.kvHeads} kv heads`;
+    return [`${plan.ranks} ranks, ${sizes}`, ...lines].join("\n");
+  }
+  function describe(run) {
+    if (count(run) === 0) return "-";
+    return count(run) === 1 ? String(run.first) : `${run.first}-${run.end - 1}`;
+  }
+  function planError(wrong, change) {
+    return new SeqparError("PlanError", wrong, change);
+  }
+  function integers(name, values) {
+    if (!Array.isArray(values)) {
+      const shown2 = repr(values).split(/\s+/).join(" ").trim();
+      throw planError(`${name} is ${shown2}.`, "Use integers: one, or a list of them.");
+    }
+    return values.map((value) => {
+      if (typeof value !== "bigint") {
+        throw planError(
+          `${name} holds ${repr(value)}, a ${kindOf(value)}.`,
+          "Use integers, not floats or bools."
+        );
+      }
+      if (value < 0n) throw planError(`${name} holds ${value}.`, "Use integers of at least 0.");
+      return value;
+    });
+  }
+  function checkedKvHeads(heads, given) {
+    const [kvHeads] = integers("kv_heads", [given]);
+    if (heads < 1n) throw planError("0 query heads attend to nothing.", "Use at least 1 query head.");
+    if (kvHeads < 1n || heads % kvHeads !== 0n) {
+      const most = heads < 4096n ? Number(heads) : 4096;
+      const legal = Array.from({ length: most }, (_, i) => i + 1).filter((d) => heads % BigInt(d) === 0n);
+      throw planError(
+        `${kvHeads} kv heads cannot serve ${heads} query heads in equal groups.`,
+        `Use a number of kv heads that divides ${heads}: ${legal.join(", ")}.`
+      );
+    }
+    return kvHeads;
+  }
+  function tokensByRank(tokens, ranks) {
+    if (typeof tokens === "bigint") return divide(integers("tokens", [tokens])[0], ranks);
+    const byRank = integers("tokens", tokens);
+    if (BigInt(byRank.length) !== ranks) {
+      throw planError(
+        `tokens has ${byRank.length} entries for ${ranks} ranks.`,
+        `Give one count for each of the ${ranks} ranks, zeros included, or the total.`
+      );
+    }
+    return byRank;
+  }
+  function divide(things, ranks) {
+    const [share, leftOver] = [things / ranks, things % ranks];
+    return Array.from({ length: Number(ranks) }, (_, rank) => share + (BigInt(rank) < leftOver ? 1n : 0n));
+  }
+  function planOf(tokensByRank2, headsByRank, kvHeads) {
+    const add = (total, entry) => total + entry;
+    const [tokens, heads] = [tokensByRank2.reduce(add, 0n), headsByRank.reduce(add, 0n)];
+    if (tokens * heads * BigInt(tokensByRank2.length) >= 2n ** 48n) {
+      throw planError(
+        `${tokens} tokens of ${heads} heads on ${tokensByRank2.length} ranks are too many to count.`,
+        "Keep tokens times heads times ranks below 2**48."
+      );
+    }
+    const query = runsOf(headsByRank.map(Number));
+    return {
+      ranks: tokensByRank2.length,
+      tokens: Number(tokens),
+      heads: Number(heads),
+      kvHeads: Number(kvHeads),
+      tokenRuns: runsOf(tokensByRank2.map(Number)),
+      headRuns: { query, ...kvRuns(query, Number(heads / kvHeads)) }
+    };
+  }
+  function runsOf(counts) {
+    let end = 0;
+    return counts.map((own) => ({ first: end, end: end += own }));
+  }
+  function kvRuns(query, ratio) {
+    const kv = query.map((run) => {
+      const first = Math.floor(run.first / ratio);
+      return { first, end: count(run) > 0 ? Math.ceil(run.end / ratio) : first };
+    });
+    let heldBelow = 0;
+    const once = kv.map((run) => {
+      const first = Math.max(run.first, heldBelow);
+      heldBelow = Math.max(heldBelow, run.end);
+      return { first, end: Math.max(run.end, first) };
+    });
+    return { kv, "kv once": once };
+  }
+  function costOf(plan) {
+    const [tokens, query, kv] = [plan.tokenRuns, plan.headRuns.query, plan.headRuns.kv].map(
+      (r) => r.map(count)
+    );
+    const copies = sum(kv);
+    let [fullest, busiest] = [0, 0];
+    for (let rank = 0; rank < plan.ranks; rank++) {
+      const there = tokens[rank] * (plan.heads - query[rank] + 2 * (copies - kv[rank]));
+      fullest = Math.max(fullest, query[rank]);
+      busiest = Math.max(busiest, there + query[rank] * (plan.tokens - tokens[rank]));
+    }
+    return [fullest, busiest];
+  }
+
+  // wire.ts
+  var LAYOUTS = ["b s h d", "s b h d", "b h s d"];
+  var FUSED_UP_TO = BigInt(from_python_default.bounds.fusedUpTo);
+  function wireOf(plan, { batch, headDim, itemSize }) {
+    const pairs = BigInt(Math.max(1, plan.ranks * (plan.ranks - 1)));
+    const [query, kv] = [vectors(plan, "query"), vectors(plan, "kv")].map(
+      (matrix) => BigInt(sum(matrix.map(sum)))
+    );
+    const mean = batch * itemSize * headDim * (query + 2n * kv) / pairs;
+    return mean <= FUSED_UP_TO ? "fused" : "pipelined";
+  }
+  function routeOf(plan, rank, layout, sizes, tensors) {
+    const words = layout.split(" ");
+    const before = (dim) => words.slice(0, words.indexOf(dim));
+    const runs = tensors.map((tensor) => runsOfTensor(plan, tensor));
+    const totals = tensors.map((tensor) => totalHeads(plan, tensor));
+    const ownTokens = BigInt(count(plan.tokenRuns[rank]));
+    const lengths = (tokens2, heads2) => ({
+      b: sizes.batch,
+      s: tokens2,
+      h: heads2
+    });
+    const product = (dims, length) => dims.reduce((total, dim) => total * length[dim], 1n);
+    const heads = cutOf(
+      tensors,
+      runs.map((own, part) => ({
+        runs: own,
+        total: totals[part],
+        across: sizes.batch * ownTokens * sizes.headDim,
+        before: product(before("h"), lengths(ownTokens, BigInt(totals[part])))
+      }))
+    );
+    const tokens = cutOf(
+      tensors,
+      runs.map((own) => ({
+        runs: plan.tokenRuns,
+        total: plan.tokens,
+        across: sizes.batch * BigInt(count(own[rank])) * sizes.headDim,
+        before: product(before("s"), lengths(BigInt(plan.tokens), BigInt(count(own[rank]))))
+      }))
+    );
+    const kept = [heads, tokens].every((cut) => mayKeep(cut, rank, plan.ranks));
+    return { byHeads: laidOut(heads, kept ? rank : null), byTokens: laidOut(tokens, kept ? rank : null) };
+  }
+  var runsOfTensor = (plan, tensor) => plan.headRuns[tensor === "query" || tensor === "output" ? "query" : "kv"];
+  var totalHeads = (plan, tensor) => tensor === "query" || tensor === "output" ? plan.heads : plan.kvHeads;
+  function cutOf(tensors, parts) {
+    const alone = (part) => part.runs.length === 1 || part.before === 1n;
+    if (parts.length === 1 && isOnce(parts[0]) && alone(parts[0])) return { tensors, parts, way: "in order" };
+    return { tensors, parts, way: parts.every((part) => hasStep(part.runs)) ? "strided" : "ragged" };
+  }
+  var isOnce = (part) => sum(part.runs.map(count)) === part.total;
+  function hasStep(runs) {
+    const steps = runs.slice(1).map((run, i) => run.first - runs[i].first);
+    return new Set(runs.map(count)).size <= 1 && new Set(steps).size <= 1;
+  }
+  function mayKeep({ parts, way }, rank, ranks) {
+    const strided = parts.every((part) => isOnce(part) && hasStep(part.runs));
+    return strided && (rank === 0 || rank === ranks - 1 || way !== "in order");
+  }
+  function laidOut({ tensors, parts, way }, kept) {
+    const pieces = [];
+    let end = 0n;
+    for (let rank = 0; rank < parts[0].runs.length; rank++) {
+      if (rank === kept) continue;
+      parts.forEach((part, i) => {
+        const begin = end;
+        end += BigInt(count(part.runs[rank])) * part.across;
+        pieces.push({ tensor: tensors[i], rank, begin, end });
+      });
+    }
+    return { tensors, pieces, elements: end, kept: kept !== null, way };
+  }
+
+  // setting.ts
+  var DEFAULTS = {
+    ranks: "4",
+    tokens: "10",
+    heads: "9",
+    kv_heads: "3",
+    policy: "balanced",
+    layout: "b s h d",
+    batch: "1",
+    head_dim: "8",
+    dtype: "float32",
+    step: "shards"
+  };
+  var PRESETS = {
+    even: { ranks: "4", tokens: "16", heads: "8", kv_heads: "8", policy: "balanced" },
+    uneven: { ranks: "4", tokens: "10", heads: "9", kv_heads: "3", policy: "balanced" },
+    replicated: { ranks: "4", tokens: "12", heads: "8", kv_heads: "2", policy: "balanced" },
+    "fewer heads than ranks": {
+      ranks: "4",
+      tokens: "3, 5, 0, 2",
+      heads: "3",
+      kv_heads: "",
+      policy: "balanced"
+    }
+  };
+  var DRAWN_RANKS = from_python_default.bounds.drawnRanks;
+  function worldOf(setting) {
+    const plan = makePlan({
+      ranks: literal(setting.ranks),
+      heads: literal(setting.heads),
+      kv_heads: literal(setting.kv_heads),
+      tokens: literals(setting.tokens),
+      policy: setting.policy
+    });
+    const [batch, headDim, itemSize] = checkedSizes(
+      plan,
+      literal(setting.batch),
+      literal(setting.head_dim),
+      setting.dtype
+    );
+    const sizes = { batch, headDim, itemSize };
+    checkLayout(setting.layout);
+    if (headDim === 0n) {
+      const shape = shapeOf(setting.layout, sizes, BigInt(plan.tokenRuns[0].end), BigInt(plan.heads));
+      throw new SeqparError("ShapeError", `query is ${shape}: head dim 0.`, "Use a head dim of at least 1.");
+    }
+    const layout = setting.layout;
+    const drawn = plan.ranks <= DRAWN_RANKS;
+    return { plan, layout, sizes, exchange: drawn ? exchangeOf(plan, layout, sizes) : null };
+  }
+  function exchangeOf(plan, layout, sizes) {
+    const wire = wireOf(plan, sizes);
+    const together = wire === "fused" ? [["query", "key", "value"]] : [["query"], ["key"], ["value"]];
+    const ranks = plan.tokenRuns.map((_, rank) => rank);
+    const there = ranks.map((rank) => together.map((tensors) => routeOf(plan, rank, layout, sizes, tensors)));
+    const back = ranks.map((rank) => routeOf(plan, rank, layout, sizes, ["output"]));
+    return { plan, layout, sizes, wire, there, back };
+  }
+  function shapeOf(layout, { batch, headDim }, tokens, heads) {
+    const length = { b: batch, s: tokens, h: heads, d: headDim };
+    return `(${layout.split(" ").map((word) => length[word]).join(", ")})`;
+  }
+  function checkLayout(layout) {
+    if (LAYOUTS.includes(layout)) return;
+    const known = LAYOUTS.map(repr).join(", ");
+    throw new SeqparError("LayoutError", `${repr(layout)} is no layout.`, `Use one of ${known}.`);
+  }
+  function fromHash(hash) {
+    const given = new URLSearchParams(hash.replace(/^#/, ""));
+    const known = Object.entries(DEFAULTS).map(([name, value]) => [name, given.get(name) ?? value]);
+    return Object.fromEntries(known);
+  }
+  function toHash(setting) {
+    return `#${new URLSearchParams(setting)}`;
+  }
 
   // steps.ts
   var STEPS = [

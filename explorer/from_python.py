@@ -1,4 +1,4 @@
-"""What the explorer takes from the Python packages: the lines that it shows, and the colours of the figures.
+"""What the explorer takes from the Python packages: the lines that it shows, bounds, and the colours of the figures.
 
 `python explorer/from_python.py` writes explorer/from_python.json. A test compares it with what it would write.
 """
@@ -8,10 +8,12 @@ import json
 import textwrap
 from pathlib import Path
 
+from seqpar_ref.plan import MOST_RANKS
+from seqpar_ref.routes import FUSED_UP_TO
 from simulator.pictures import colours_of, readable_on
 
 FOLDER = Path(__file__).parent
-MOST_RANKS = 16
+DRAWN_RANKS = 16
 
 # What is shown: the file, the function, and how its first and its last line begin.
 SHOWN = {
@@ -71,10 +73,11 @@ def collected() -> str:
     """The text of from_python.json."""
     colours = {
         ranks: [[colour, readable_on(colour)] for colour in colours_of(ranks)]
-        for ranks in range(1, MOST_RANKS + 1)
+        for ranks in range(1, DRAWN_RANKS + 1)
     }
     lines = {name: shown_lines(*where) for name, where in SHOWN.items()}
-    return json.dumps({"lines": lines, "colours": colours}, indent=1) + "\n"
+    bounds = {"fusedUpTo": FUSED_UP_TO, "mostRanks": MOST_RANKS, "drawnRanks": DRAWN_RANKS}
+    return json.dumps({"lines": lines, "bounds": bounds, "colours": colours}, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // Who owns which tokens, which query heads and which kv heads: the arithmetic of seqpar_ref/plan.py, with its
 // errors. Tests compare both over drawn settings.
 
+import fromPython from "./from_python.json";
 import { kindOf, repr, type Value } from "./values.js";
 
 export class SeqparError extends Error {
@@ -38,7 +39,7 @@ export interface Request {
   policy: string;
 }
 
-const MOST_RANKS = 2n ** 20n;
+const MOST_RANKS = BigInt(fromPython.bounds.mostRanks);
 const POLICIES = ["auto", "balanced", "groups"];
 export const ITEM_SIZES: Record<string, bigint> = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n };
 

@@ -1,5 +1,6 @@
 // What the reader has chosen, as text, as the address bar holds it; and what follows from it, or the error.
 
+import fromPython from "./from_python.json";
 import { checkedSizes, makePlan, SeqparError, type Plan } from "./plan.js";
 import { literal, literals, repr } from "./values.js";
 import { LAYOUTS, routeOf, wireOf, type Route, type Sizes, type Tensor } from "./wire.js";
@@ -32,7 +33,7 @@ export const PRESETS: Record<string, Partial<Setting>> = {
   },
 };
 
-export const DRAWN_RANKS = 16; // more would be too small to tell apart
+export const DRAWN_RANKS = fromPython.bounds.drawnRanks; // more would be too small to tell apart
 
 export interface Exchange {
   plan: Plan;

@@ -1,5 +1,6 @@
 // Where each block stands in the flat buffer of one all-to-all: seqpar_ref/wire.py and routes.py, for one stage.
 
+import fromPython from "./from_python.json";
 import { count, sum, vectors, type Plan, type Run } from "./plan.js";
 
 export const LAYOUTS = ["b s h d", "s b h d", "b h s d"];
@@ -35,7 +36,7 @@ export interface Route {
   byTokens: Cut; // of the heads that the rank owns
 }
 
-const FUSED_UP_TO = 2n ** 18n;
+const FUSED_UP_TO = BigInt(fromPython.bounds.fusedUpTo);
 
 /** How query, key and value travel if nothing else is asked for: all in one collective, or one after the other. */
 export function wireOf(plan: Plan, { batch, headDim, itemSize }: Sizes): "fused" | "pipelined" {

@@ -17,7 +17,7 @@ from seqpar_ref.checks import check_tensor
 from seqpar_ref.errors import SeqparError
 from seqpar_ref.exchange import heads_to_sequence, qkv_to_heads
 from seqpar_ref.plan import Plan
-from seqpar_ref.routes import Load, Route, routes_to_heads, wire_of
+from seqpar_ref.routes import FUSED_UP_TO, Load, Route, routes_to_heads, wire_of
 from seqpar_ref.shapes import LAYOUTS, layout_of
 from simulator import VirtualWorld
 
@@ -178,7 +178,14 @@ def drawn_worlds() -> list[Setting]:
                 "dtype": "float32",
             }
         )
-    large = {"ranks": "2", "heads": "2", "kv_heads": "1", "tokens": "4", "batch": "1", "head_dim": "16384"}
+    large = {
+        "ranks": "2",
+        "heads": "2",
+        "kv_heads": "1",
+        "tokens": "4",
+        "batch": "1",
+        "head_dim": str(FUSED_UP_TO // 16),
+    }
     return [*settings, {**settings[0], **large}]
 
 
