@@ -2,6 +2,7 @@
 #   make demo    a language model reads a text split over 4 virtual ranks (arguments: make demo DEMO="--ranks 9")
 #   make test    the tests           make lint    ruff, mypy, import-linter
 #   make docs    the site, in site/  make clean   remove what the commands made
+#   make lab     the notebooks, in JupyterLab         make notebooks   execute them all, write outputs and pages
 # PYTHON chooses the interpreter (3.11 or newer). TORCH_INDEX chooses where torch comes from, for the CPU build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -11,10 +12,11 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c \
 TORCH_INDEX ?=
 DEMO ?=
 TEST ?=
+NOTEBOOKS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs explorer notebooks lab clean
 .NOTPARALLEL: # one virtual environment, one installation at a time
 .DELETE_ON_ERROR:
 
@@ -32,6 +34,18 @@ lint: .venv/installed-dev
 
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Only for whoever changes the explorer, or a line of seqpar_ref that it shows: docs/explorer.js is committed.
+explorer: .venv/installed-dev
+	$(BIN)/python explorer/from_python.py
+	npm --prefix explorer ci --no-audit --no-fund
+	npm --prefix explorer run build
+
+notebooks: .venv/installed-dev .venv/installed-demo # one of them reads with the demo's model
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
+lab: .venv/installed-lab
+	$(BIN)/jupyter lab notebooks
 
 clean:
 	rm -rf .venv site seqpar-demo
@@ -59,4 +73,9 @@ clean:
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps yunchang hjson msgpack py-cpuinfo
 	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation deepspeed
+	@touch $@
+
+.venv/installed-lab: .venv/installed-demo
+	@echo "installing JupyterLab"
+	$(PIP) --no-build-isolation --editable '.[lab]'
 	@touch $@

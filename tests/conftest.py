@@ -1,4 +1,10 @@
-"""Shared by all tests: one thread, one seed, and the nursery that gloo workers are forked from."""
+"""Shared by all tests: one thread, one seed, the nursery that gloo workers are forked from, and the docs site."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,11 +12,27 @@ import torch
 from tests import launch
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the docs site, built once, without a warning."""
+    mkdocs = shutil.which("mkdocs", path=str(Path(sys.executable).parent))
+    if mkdocs is None:
+        pytest.skip("needs the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [mkdocs, "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,10 +1,6 @@
 """The docs site builds without a warning, asks no other host for anything, and its examples run."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,21 +30,6 @@ class Loads(HTMLParser):
                 self.external.append((tag, value))
             if tag == "a" and name == "href" and value and not re.match(r"[a-z]+:|#", value):
                 self.internal_links.append(value.split("#")[0])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    mkdocs = shutil.which("mkdocs", path=str(Path(sys.executable).parent))
-    if mkdocs is None:
-        pytest.skip("needs the extra `docs`")
-    folder = tmp_path_factory.mktemp("site")
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        [mkdocs, "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def test_every_page_is_there_and_every_link_leads_somewhere(site):
@@ -132,3 +113,7 @@ def test_the_figures_are_what_their_script_draws():
     for name, figure in module.FIGURES.items():
         stored = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
         assert figure()._repr_svg_() == stored, f"{name} is stale: run python docs/figures/make.py"
+    for name, animation in module.ANIMATIONS.items():
+        stored = (ROOT / "docs" / "figures" / name).read_bytes()
+        assert animation() == stored, f"{name} is stale: run python docs/figures/make.py"
+        assert len(stored) < 500_000

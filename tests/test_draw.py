@@ -1,13 +1,22 @@
 """The figures: what they show is read back from the drawn objects, not compared with a stored picture."""
 
+import io
+import re
+from itertools import product
+
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from simulator.draw import DrawingError, draw_bytes, draw_exchange, draw_layouts
+from simulator.draw_motion import GAP, MOVES, MOVING, STANDING, animate_exchange, draw_blocks
 from simulator.draw_runs import draw_timeline
+from simulator.draw_tiles import draw_tiles
+from simulator.pictures import colours_of
 
 TOKENS = [range(0, 5), range(5, 5), range(5, 12)]
 QUERY_HEADS = [range(0, 2), range(2, 4), range(4, 4)]
@@ -106,3 +115,82 @@ def test_a_timeline_has_a_row_for_each_lane_and_a_bar_for_each_span():
 def test_a_timeline_of_nothing_is_refused(spans):
     with pytest.raises(DrawingError):
         draw_timeline(spans)
+
+
+def test_tiles_show_every_value_in_the_colour_of_its_owner():
+    ragged = [[0, 10, 20], [30]], [[0, 1, None], [1]]
+    square = torch.tensor([[5, 6], [7, 8]]), np.array([[2, 2], [0, 0]])
+    picture = draw_tiles(
+        {"ragged": ragged, "square": square}, row="rank", column="place", owner="to rank", columns=2
+    )
+    first, second = picture.axes
+    assert words(first) == ["0", "10", "20", "30"] and words(second) == ["5", "6", "7", "8"]
+    assert [tile[:2] for tile in tiles(first)] == [(-0.5, -0.5), (0.5, -0.5), (1.5, -0.5), (-0.5, 0.5)]
+    (legend,) = picture.legends
+    names = {x.get_label(): x.get_facecolor() for x in legend.get_patches()}
+    assert list(names) == ["to rank 0", "to rank 1", "to rank 2"] and len(set(names.values())) == 3
+    zero, one, two = names.values()
+    assert [tile[4] for tile in tiles(first)] == [zero, one, (1, 1, 1, 1), one]
+    assert [tile[4] for tile in tiles(second)] == [two, two, zero, zero]
+    assert (first.get_title(), first.get_xlabel(), first.get_ylabel()) == ("ragged", "place", "rank")
+    assert (
+        picture._repr_svg_()
+        == draw_tiles(
+            {"ragged": ragged, "square": square}, row="rank", column="place", owner="to rank", columns=2
+        )._repr_svg_()
+    )
+
+
+@pytest.mark.parametrize(
+    ("panels", "says"),
+    [
+        ({}, "there is no panel"),
+        ({"a": ([[1, 2]], [[0]])}, "rows of [2] values and of [1] owners"),
+        ({"a": ([[]], [[]])}, "at least one value"),
+        ({"a": ([[1]], [[-1]])}, "the owner -1"),
+        ({"a": ([[1]], [["x"]])}, "the owner 'x'"),
+    ],
+)
+def test_tiles_that_cannot_be_drawn(panels, says):
+    with pytest.raises(DrawingError, match=re.escape(says)):
+        draw_tiles(panels)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.25, 1.0])
+def test_a_block_moves_sideways_from_its_tokens_rank_to_its_heads_rank(moved):
+    (panel,) = draw_blocks(TOKENS, QUERY_HEADS, moved, "title").axes
+    ranks, heads, tokens = 3, 4, 12
+    step = heads * (1 + GAP)
+    panels = tiles(panel)[:ranks]
+    assert [tile[:4] for tile in panels] == [(rank * step, 0, heads, tokens) for rank in range(ranks)]
+    blocks, bands = tiles(panel)[ranks::2], tiles(panel)[ranks + 1 :: 2]
+    held = [(i, j) for i, j in product(range(ranks), range(ranks)) if TOKENS[i] and QUERY_HEADS[j]]
+    assert held == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    for (i, j), block, band in zip(held, blocks, bands, strict=True):
+        left = QUERY_HEADS[j].start + step * (i + moved * (j - i))
+        expected = (left, TOKENS[i].start, len(QUERY_HEADS[j]), len(TOKENS[i]))
+        assert block[:4] == pytest.approx(expected) and band[:2] == block[:2]
+        assert block[4] == (*to_rgb(colours_of(ranks)[i]), 1) and band[4] == (
+            *to_rgb(colours_of(ranks)[j]),
+            1,
+        )
+    assert words(panel)[3:7] == ["0", "0→1", "2→0", "2→1"]
+
+
+def test_the_animation_goes_there_and_back():
+    with Image.open(io.BytesIO(animate_exchange(TOKENS, QUERY_HEADS))) as gif:
+        frames, durations = [], []
+        for place in range(gif.n_frames):
+            gif.seek(place)
+            frames.append(gif.convert("RGB").tobytes())
+            durations.append(gif.info["duration"])
+    assert durations == [STANDING, *[MOVING] * MOVES, STANDING, *[MOVING] * MOVES]
+    there, back = frames[1 : MOVES + 1], frames[MOVES + 2 :]
+    assert back == there[::-1]
+    assert len({*frames}) == MOVES + 2
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [([], []), (TOKENS, QUERY_HEADS[:2])])
+def test_an_animation_needs_both_ranges_of_every_rank(tokens, heads):
+    with pytest.raises(DrawingError, match=f"tokens for {len(tokens)} ranks and of heads for {len(heads)}"):
+        animate_exchange(tokens, heads)

