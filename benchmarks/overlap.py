@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each variant in each round, about")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each variant in each round, about")
     parser.add_argument("--json", help="write every round's seconds, and the tables, to this file")
     options = parser.parse_args()
     results = []

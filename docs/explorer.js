@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 0b5d0c9a9c3486a7c7f298fb967c5869006afd0d29158ef7f5cf9b12caf7038d
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 790ed8c02f2db5b04a8fd4aa41d51679aa57b2143cc16e90c13f1770a393ff03
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -59,14 +59,14 @@ var seqparExplorer = (() => {
       },
       "in flight": {
         file: "seqpar_ref/flight.py",
-        function: "Flight.issue",
+        function: "Flight._issue",
         lines: [
           "work = self.group.all_to_all_single(target, sent, *splits, async_op or keeps)"
         ]
       },
       kept: {
         file: "seqpar_ref/flight.py",
-        function: "Flight.issue",
+        function: "Flight._issue",
         lines: [
           "for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):",
           "    piece.copy_(source)"
