@@ -4,8 +4,9 @@ r"""Attention over a sequence that is split across ranks.
     any local attention, over all tokens and this rank's heads
     output   [B, S, H_P, D]  -- one all-to-all -->  [B, S_P, H, D]
 
-The method is DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509); here heads, kv heads and tokens need
-not divide by the ranks.
+Heads, kv heads and tokens need not divide by the ranks.
+
+Source: DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ class DistributedAttention(nn.Module):
 
     Args:
         local_attention: any callable `(query, key, value, *args, **kwargs) -> output`. It gets all tokens in
-            global order and this rank's heads, in the module's layout, and returns the output in that layout,
+            global order and this rank's heads, `[batch, seq, heads_local, dim]` in the order of the layout,
+            and returns the output in that order,
             with the value's head dim and dtype; heads and dim may be merged into one last dim. Its kv heads
             always divide its query heads: query head i uses kv head i // ratio. It is not called on a rank
             without heads. Unless given it is PyTorch's scaled_dot_product_attention, with that function's
@@ -133,14 +135,34 @@ class DistributedAttention(nn.Module):
     def exchange_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
     ) -> Tensor:
-        """From the shards to the shard of the output; the sizes are checked, the plan is made."""
+        """From the shards to the shard of the output; the sizes are checked, the plan is made.
+
+        Args:
+            query, key, value: as for `forward`, `[batch, seq_local, heads, dim]` in the order of the layout.
+            plan, group: who owns what, and the ranks that share it.
+            attend: attention of this rank's heads.
+
+        Returns:
+            `[batch, seq_local, heads, value_dim]` in the order of the layout.
+
+        Raises:
+            GroupError, LayoutError, TensorError, ShapeError, ArgumentError: as `qkv_to_heads`.
+        """
         query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)
         (own,) = own_heads(plan, group.rank)
         result = attend(query, key, value, own)
         return heads_to_sequence(result, plan, group, layout=self.layout)
 
     def own_attention(self, query: Tensor, args: Any, kwargs: Any) -> OwnAttention:
-        """The local attention with its arguments, checked against this rank's query."""
+        """The local attention with its arguments, checked against this rank's query.
+
+        Args:
+            query: `[batch, seq_local, heads, dim]` in the order of the layout.
+            args, kwargs: what `forward` was given beside query, key and value.
+
+        Raises:
+            ArgumentError, MaskError: arguments that the default local attention does not take.
+        """
         layout = LAYOUTS[self.layout]
         others = list(self._other_tensors(args, kwargs))
         if self.local_attention is not None:

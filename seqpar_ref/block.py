@@ -3,6 +3,8 @@ r"""An attention block over a split sequence: projections, rotary, attention, ou
     x  [B, S_P, width]  ->  q, k, v  [B, S_P, H, D]  ->  attention  ->  [B, S_P, H D]  ->  [B, S_P, width]
 
 It shows what stands where when communication runs behind computation; see `overlap.py` for the two kinds.
+
+Source: the block of Vaswani et al., 2017, arXiv:1706.03762; rotary as in Su et al., 2021, arXiv:2104.09864.
 """
 
 from collections.abc import Callable
@@ -49,7 +51,8 @@ class UlyssesBlock(nn.Module):
         chunks: how many, for "chunks".
         device, dtype: of the parameters.
 
-    The parameters are those of four `nn.Linear`: query, key, value and output. Each rank has all of them, and its
+    The parameters are those of four `nn.Linear`: query [heads * head_dim, width], key and value
+    [kv_heads * head_dim, width], output [width, heads * head_dim]. Each rank has all of them, and its
     gradients are those of its own tokens: sum them over the group, as data parallelism does.
 
     Raises:

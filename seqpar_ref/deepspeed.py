@@ -5,6 +5,8 @@ r"""The public names of `deepspeed.sequence.layer`, with its signatures and defa
 
 Where the original (0.19.0) is right, this is equal to it, to the last bit. Where it is not, the docstrings say
 which of the defects in docs/defects.md (D1, D2, ...) is meant. docs/deepspeed.md goes through the names.
+
+Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
 
 from collections.abc import Callable, Iterator, Sequence

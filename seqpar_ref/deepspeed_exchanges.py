@@ -8,6 +8,8 @@ $$[\dots, \text{scattered}, \dots, \text{gathered}_P, \dots] \to
 The scattered dim is divided as evenly as can be, the larger parts first. What the other ranks have along the
 gathered dim they say in each call: a record of 72 bytes goes to each other rank. Nothing is remembered (D6), so
 heads and tokens need not divide by the ranks (D9, D12, D14).
+
+Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
 
 import math
@@ -50,6 +52,7 @@ def single_all_to_all(
     right for [batch, heads, sequence, dim], there and back.
 
     Args:
+        scatter_idx, gather_idx, batch_dim_idx: numbers of dims, from 0; see above.
         input: [batch, sequence, heads, dim], or [sequence, batch, heads, dim] where batch_dim_idx is 1. Three
             dims are taken as a head dim of 1, more than four as a head dim in several. Of any dtype that the
             backend sends.
@@ -60,6 +63,7 @@ def single_all_to_all(
     Raises:
         GroupError, ArgumentError, TensorError, ShapeError: before any communication.
         RankMismatchError: on all ranks alike, where they differ in more than their part of the gathered dim.
+        PlanError: more elements than can be counted.
     """
     scattered, gathered = dims_of(scatter_idx, gather_idx, batch_dim_idx)
     member, flat, route, shape = _prepared(input, scattered, gathered, group)
@@ -82,12 +86,21 @@ def single_all_to_all(
 def uneven_heads_all2all(
     input: Tensor, scatter_idx: int, gather_idx: int, batch_dim_idx: int, group: GroupLike
 ) -> Tensor:
-    """`single_all_to_all`: uneven heads are no special case, and no count of heads is set beforehand (D6, D9)."""
+    """`single_all_to_all`: uneven heads are no special case, and no count of heads is set beforehand (D6, D9).
+
+    Args:
+        input: [batch, sequence, heads, dim], or [sequence, batch, heads, dim] where batch_dim_idx is 1.
+        scatter_idx, gather_idx, batch_dim_idx: numbers of dims, as for `single_all_to_all`.
+        group: the ranks that exchange.
+
+    Raises:
+        GroupError, ArgumentError, TensorError, ShapeError, RankMismatchError, PlanError: as `single_all_to_all`.
+    """
     return single_all_to_all(input, scatter_idx, gather_idx, batch_dim_idx, group)
 
 
 class Arrival:
-    """What an asynchronous exchange receives is in `result` after `wait()`."""
+    """What an asynchronous exchange receives is in `result` after `wait()`, in the shape that it has when issued."""
 
     def __init__(self, flight: Flight, result: Tensor) -> None:
         self._flight: Flight | None = flight
@@ -197,6 +210,9 @@ class _DimZeroAllToAll:
 def dims_of(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> tuple[int, int]:
     """Which dim is scattered and which one gathered: see `single_all_to_all`.
 
+    Args:
+    scatter_idx, gather_idx, batch_dim_idx: numbers of dims, from 0.
+
     Raises:
         ArgumentError: indices that the original has no meaning for, or a wrong one.
     """
@@ -216,6 +232,9 @@ def dims_of(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> tuple[int,
 @no_type_check
 def check_batch_dim(batch_dim_idx: int) -> None:
     """Refuse what is no dim of the batch, such as an argument that stood in its place once (D18).
+
+    Args:
+    batch_dim_idx: number of the dim, 0 or 1.
 
     Raises:
         ArgumentError: neither 0 nor 1.

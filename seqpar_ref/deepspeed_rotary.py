@@ -1,6 +1,8 @@
 """Rotary embedding by given cosines and sines, under the name that `deepspeed.sequence.layer` has for it.
 
 `rotary.py` has more to say: positions instead of tables, and the interleaved convention.
+
+Source: `apply_rotary_pos_emb` in `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
 
 from collections.abc import Sequence
@@ -57,6 +59,10 @@ def apply_rotary_pos_emb(
 def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout: Layout) -> None:
     """Refuse what is no pair of cosines and sines for these tensors, such as a mask in its place.
 
+    Args:
+    rotary_pos_emb: cosines and sines, each [sequence, 1 or batch, 1, rotary dim]; None for no rotary.
+    query: four dims in the order of the layout.
+
     Raises:
         RotaryError: what does not fit, with the numbers.
     """
@@ -84,6 +90,11 @@ def own_tables(
     rotary_pos_emb: Sequence[Tensor] | None, plan: Plan, rank: int, layout: Layout
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines of the rank's own tokens, in the layout of its query.
+
+    Args:
+    rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], of all tokens or of this rank's.
+    plan, layout: who owns what; where each dim stands.
+    rank: this rank in the group, from 0.
 
     Raises:
         RotaryError: they are neither for all tokens nor for the rank's.

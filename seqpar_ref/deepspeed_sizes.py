@@ -1,6 +1,8 @@
 """What each rank brings to a call of `deepspeed.DistributedAttention`, and the plans that all make of it.
 
 In the original the number of heads is a global that the first call sets (D6), and nobody compares tokens (D14).
+
+Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0, and D6, D7, D14 in docs/defects.md.
 """
 
 from dataclasses import replace
@@ -19,6 +21,10 @@ from .shapes import LAYOUTS, Layout
 @no_type_check
 def check_shards(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
     """Refuse query, key and value that do not belong together. The query may have other tokens than the others.
+
+    Args:
+    query: `[batch, tokens, heads, dim]` in the order of `layout`.
+    key, value: `[batch, kv tokens, kv_heads, dim]` in that order.
 
     Raises:
         TensorError, ShapeError: with the sizes.
@@ -59,9 +65,16 @@ def plans_of(
 
     Without a plan the ranks exchange a record of 12 integers, 96 bytes to each other rank.
 
+    Args:
+    query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
+    group: the ranks that share the sequence.
+    plan: one made beforehand, for both; None to make them here.
+    requires_grad: whether any of what is passed needs a gradient.
+
     Raises:
         RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.
         GroupError, ShapeError: the plan is for another number of ranks, or for other sizes.
+        PlanError: more tokens and heads than can be counted.
     """
     record = {
         "tokens": query.shape[layout.sequence],

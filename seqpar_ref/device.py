@@ -3,6 +3,8 @@
 Without an accelerator there are no streams, and every function here does nothing or says "cpu". The overlap of
 this package needs none of it: `Work.wait()` makes the current stream wait for the collective, on any device.
 Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
+
+Source: docs.pytorch.org/docs/stable/accelerator.html, and D5 and D19 in docs/defects.md.
 """
 
 import os
@@ -39,7 +41,9 @@ def wait_for_stream(stream: Any) -> None:
 
 
 def keep_for_current_stream(tensor: Tensor) -> None:
-    """The memory of a tensor of another stream is not used again before the current stream is done with it."""
+    """The memory of a tensor of another stream, of any shape, is not used again before the current stream is
+    done with it.
+    """
     now = current_stream()
     if now is not None and tensor.device.type == now.device.type:
         tensor.record_stream(now)

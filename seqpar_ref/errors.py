@@ -2,6 +2,8 @@
 
 Every error carries two lines. The first says what is wrong, with the numbers; the second says what to change.
 Each class also derives from the built-in exception that fits it, so `except ValueError` works as one expects.
+
+Source: this package's own. docs/errors.md lists causes and mends.
 """
 
 

@@ -5,6 +5,8 @@ $$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
 Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other one
 (see `flight.py`). Each function has a twin that only starts the exchange and returns a `Pending`; whatever
 runs before its `finish()` runs while the collective travels.
+
+Source: DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509).
 """
 
 from typing import Any, Literal
@@ -87,7 +89,18 @@ def start_sequence_to_heads(
     layout: str = "b s h d",
     heads: Literal["query", "kv"] = "query",
 ) -> Pending:
-    """`sequence_to_heads`, started: the same arguments and errors, and the result of its `finish()`."""
+    """`sequence_to_heads`, started.
+
+    Args:
+        shard: `[batch, seq_local, heads, dim]` in the order of `layout`; not to be written to before `finish()`.
+        plan, group, layout, heads: as for `sequence_to_heads`.
+
+    Returns:
+        What is under way. Its `finish()` returns `[batch, seq, heads_local, dim]` in the order of `layout`.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+    """
     member, route = _to_heads(shard, plan, group, layout, heads)
     return _started(member, route, shard)
 
@@ -146,7 +159,18 @@ def start_heads_to_sequence(
     layout: str = "b s h d",
     heads: Literal["query", "kv"] = "query",
 ) -> Pending:
-    """`heads_to_sequence`, started: the same arguments and errors, and the result of its `finish()`."""
+    """`heads_to_sequence`, started.
+
+    Args:
+        shard: `[batch, seq, heads_local, dim]` in the order of `layout`; not to be written to before `finish()`.
+        plan, group, layout, heads: as for `heads_to_sequence`.
+
+    Returns:
+        What is under way. Its `finish()` returns `[batch, seq_local, heads, dim]` in the order of `layout`.
+
+    Raises:
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+    """
     member, route = _to_sequence(shard, plan, group, layout, heads)
     return _started(member, route, shard)
 
@@ -182,10 +206,17 @@ def qkv_to_heads(
     is needed, so that ranks need not agree on which. The value's head dim may differ.
 
     Args:
+        query: `[batch, seq_local, heads, dim]` in the order of `layout`.
+        key, value: `[batch, seq_local, kv_heads, dim]` in that order.
+        plan, group, layout: as for `sequence_to_heads`.
         wire: "fused": one collective; the chunk for a rank holds its query heads, then its key heads, then its
             value heads. "pipelined": three collectives, each tensor packed while the one before it travels.
             "separate": three collectives, one after the other. "auto": by size, see `routes.wire_of`. The same
             on all ranks.
+
+    Returns:
+    Query, key and value, `[batch, seq, heads_local, dim]` in the order of `layout`: all tokens, and this rank's
+    query heads or the kv heads that they use.
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
@@ -205,6 +236,12 @@ def check_shares(
 ) -> tuple[Group, Layout]:
     """Refuse query, key and value that do not belong together, or not to this rank of the plan.
 
+    Args:
+        query, key, value: `[batch, seq_local, heads, dim]` in the order of `layout`.
+
+    Returns:
+        The group as a `Group`, and the `Layout` of that name.
+
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: with the sizes.
     """
@@ -219,6 +256,9 @@ def check_shares(
 @no_type_check
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
     """Refuse query, key and value that do not belong together.
+
+    Args:
+    query, key, value: four dims in the order of `layout`, of any shape.
 
     Raises:
         TensorError, ShapeError: with the sizes.

@@ -7,6 +7,8 @@ pass, and the collective travels behind it both times. Through autograd only an 
 finish; the buffers and the Work belong to the `Flight`.
 
 Every rank communicates, forward and backward, whatever it owns: an empty shard takes part like any other.
+
+Source: this package's own; what it has to get right is D2, D3, D4 and D20 in docs/defects.md (DeepSpeed #8342).
 """
 
 from collections.abc import Callable
@@ -56,7 +58,8 @@ class Flight:
 
     @outside_graphs
     def start(self, *tensors: Tensor, stage: int = 0) -> None:
-        """Pack the tensors, and issue their collective. They must not be written to before `finish`.
+        """Pack the tensors, and issue their collective. They have the shapes of the route, and must not be
+        written to before `finish`. `stage` counts from 0.
 
         Raises:
             OrderError: they were started before.
@@ -69,7 +72,7 @@ class Flight:
 
     @outside_graphs
     def finish(self, stage: int = 0) -> tuple[Tensor, ...]:
-        """Wait for the collective, and unpack what has come.
+        """Wait for the collective, and unpack what has come, in the shapes of the route. `stage` counts from 0.
 
         Raises:
             OrderError: it was not started, or is finished already.
@@ -85,7 +88,10 @@ class Flight:
         return result
 
     def issue(self, stage: int, tensors: tuple[Tensor, ...], async_op: bool = True) -> None:
-        """`start` of one stage, without autograd. Each route's tensors are packed while those before travel."""
+        """`start` of one stage, without autograd. Each route's tensors are packed while those before travel.
+
+        Tensors have the shapes of the route. `stage` counts from 0.
+        """
         for route in self.routes:
             self._issue(route, stage, tensors[: route.tensors], async_op)
             tensors = tensors[route.tensors :]
@@ -109,7 +115,7 @@ class Flight:
         self._works[route, stage] = work, sent
 
     def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """`finish` of stages that are unpacked together, without autograd."""
+        """`finish` of stages that are unpacked together, without autograd. Tensors in the shapes of the routes."""
         results: list[Tensor] = []
         for route in self.routes:
             for stage in stages:

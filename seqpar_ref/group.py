@@ -3,6 +3,8 @@
 An algorithm sees a `Group`: its rank, its size and two collectives. Nothing in this package asks which
 backend is behind it. Ranks are counted inside the group: in a sub-group of the world they are not the global
 ranks.
+
+Source: docs.pytorch.org/docs/stable/distributed.html, `all_to_all_single` and `all_gather_single`.
 """
 
 from dataclasses import dataclass
@@ -49,6 +51,9 @@ class Group(Protocol):
 
         With `async_op` return at once: the output is there, and the input may be written to, after `wait()`
         on what is returned.
+
+        Args:
+            output, input: flat, [elements], dense, of one dtype.
         """
 
     def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
@@ -57,7 +62,13 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class TorchGroup:
-    """A `Group` over a torch process group."""
+    """A `Group` over a torch process group.
+
+    Args:
+        process_group: what torch.distributed calls the group.
+        rank: this rank in the group, from 0.
+        size: number of ranks.
+    """
 
     process_group: dist.ProcessGroup
     rank: int
@@ -71,7 +82,7 @@ class TorchGroup:
         input_splits: list[int],
         async_op: bool = False,
     ) -> Work | None:
-        """See `Group`."""
+        """See `Group`: `output` and `input` are flat, [elements]."""
         return dist.all_to_all_single(
             output, input, output_splits, input_splits, group=self.process_group, async_op=async_op
         )
@@ -123,14 +134,26 @@ def group_of(group: GroupLike) -> TorchGroup:
 
 @no_type_check
 def check_kind(group: GroupLike) -> None:
-    """Refuse what `group_of` could never use. Needs no process group to be there yet."""
+    """Refuse what `group_of` could never use. Needs no process group to be there yet.
+
+    Raises:
+    GroupError: something that is no process group, no device mesh and not None.
+    """
     known = isinstance(group, dist.ProcessGroup | DeviceMesh | TorchGroup | None)
     if not known and group is not dist.GroupMember.NON_GROUP_MEMBER:
         raise _wrong_kind(group)
 
 
 def check_size(group: Group, ranks: int) -> None:
-    """Refuse a group that has another number of ranks than the plan."""
+    """Refuse a group that has another number of ranks than the plan.
+
+    Args:
+        group: any group.
+        ranks: number of ranks of the plan.
+
+    Raises:
+        GroupError: with both numbers.
+    """
     if group.size != ranks:
         raise GroupError(
             f"the group has {group.size} ranks, the plan {ranks}.",

@@ -35,6 +35,8 @@ Bloom, Falcon, GPT-J and MPT. They fail where they use the mask.
 Two things an attention cannot see. A model that is given `labels` shifts them inside its shard and loses the
 target of the shard's last token: shift them over all tokens first and pass `shift_labels` as well. And the
 loss that a model returns is the mean over the rank's own tokens.
+
+Source: `AttentionInterface` and `AttentionMaskInterface` of transformers.
 """
 
 from typing import Any

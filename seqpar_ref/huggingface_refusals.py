@@ -2,6 +2,8 @@
 
 transformers tells an attention what a layer wants in two places: when it asks for a mask, once for each
 forward pass (`check_mask`), and when it calls the attention in each layer (`check_call`, `first_position`).
+
+Source: what transformers 5 passes to an attention (`masking_utils.py`, `AttentionInterface`).
 """
 
 from collections.abc import Callable
@@ -117,7 +119,7 @@ def check_mask(
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset: as transformers passes them, on this rank.
         mask_function: which keys a query may see; only transformers' causal function is accepted.
-        attention_mask: the caller's padding mask, 1 or True for a token and 0 or False for padding.
+        attention_mask: the caller's padding mask, [batch, tokens], 1 or True for a token and 0 or False for padding.
         local_size: the length of a sliding window or chunk.
 
     Returns:
@@ -162,7 +164,7 @@ def check_call(
     Args:
         module: the layer's attention module; its `is_causal` counts where the argument is None.
         queries, keys: tokens of the query and of the key on this rank.
-        mask: what became of the mask; a ready-made one comes through unchecked.
+        mask: what became of the mask; a ready-made one, of any shape, comes through unchecked.
         is_causal, dropout: as transformers passes them.
         others: every further argument; None and False say that an option is not used.
 
@@ -219,7 +221,16 @@ def _check_others(others: dict[str, Any]) -> None:
 
 
 def first_position(position_ids: Tensor | None, batch: int, tokens: int) -> int:
-    """The first of the rank's positions (0 where it has no tokens), if they count on from it in every row."""
+    """The first of the rank's positions (0 where it has no tokens), if they count on from it in every row.
+
+    Args:
+        position_ids: [batch, tokens] or [1, tokens].
+        batch: rows of the batch.
+        tokens: of this rank.
+
+    Raises:
+        PositionIdsError: none were passed, of another shape, or they do not count on.
+    """
     if position_ids is None:
         raise PositionIdsError(
             "the model gives its attention no position ids, so nothing shows that they are the global ones.",
@@ -243,6 +254,7 @@ def first_position(position_ids: Tensor | None, batch: int, tokens: int) -> int:
 
 
 def not_global(firsts: dict[int, int], expected: dict[int, int]) -> PositionIdsError:
+    """The error for position ids that begin elsewhere than they should: first positions by rank, found and expected."""
     wrong = [rank for rank, first in firsts.items() if first != expected[rank]]
     found = ", ".join(f"rank {rank} starts at {firsts[rank]}" for rank in wrong[:8])
     right = ", ".join(f"{expected[rank]} on rank {rank}" for rank in wrong[:8])

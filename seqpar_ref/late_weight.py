@@ -7,6 +7,8 @@ of attention, made between the start and the finish of the output's exchange:
 
     forward    start O    LateLinear made    finish O    Y
     backward   dX -> start dO    dW, db    finish dO
+
+Source: two gradients at two times are those of Qi et al., 2024, arXiv:2401.10241 (zero bubble pipelines).
 """
 
 from typing import Any

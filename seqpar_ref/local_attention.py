@@ -2,6 +2,8 @@
 
 Any callable will do that takes query, key and value in the module's layout and returns its result in the same
 layout. Two are here: PyTorch's fused kernel, and the same in plain math, to read and to differentiate twice.
+
+Source: Vaswani et al., 2017, arXiv:1706.03762, equation 1; shared kv heads, Ainslie et al., 2023, arXiv:2305.13245.
 """
 
 import math
@@ -30,7 +32,21 @@ def fused_attention(
     scale: float | None = None,
     layout: str = "b s h d",
 ) -> Float[Tensor, "_ _ _ value_dim"]:
-    """`torch.nn.functional.scaled_dot_product_attention` in any layout; kv heads divide the query heads."""
+    """`torch.nn.functional.scaled_dot_product_attention` in any layout; kv heads divide the query heads.
+
+    Args:
+        query: `[batch, seq, heads, dim]` in the order of `layout`.
+        key, value: `[batch, seq, kv_heads, dim]` in that order; the value's dim may differ.
+        attn_mask: [batch, heads, seq, seq], or what broadcasts to it; boolean, True where a key may be seen, or
+            added to the scores.
+        dropout_p: probability that a weight is dropped, 0 to 1.
+        is_causal: no token sees a later one.
+        scale: factor of the scores; 1/sqrt(dim) unless given.
+        layout: "b s h d", "s b h d" or "b h s d".
+
+    Returns:
+        `[batch, seq, heads, value_dim]` in the order of `layout`.
+    """
     query, key, value = (rearrange(tensor, f"{layout} -> b h s d") for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     result = F.scaled_dot_product_attention(
@@ -100,6 +116,13 @@ def fused_options(
 
     `enable_gqa` is accepted and has no effect: query heads share kv heads where there are fewer of these.
 
+    Args:
+    query: `[batch, seq_local, heads, dim]` in the order of `layout`.
+    attn_mask: [batch, heads, seq, seq], or what broadcasts to it.
+    dropout_p: probability, 0 to 1.
+    is_causal: True or False.
+    scale: factor of the scores, a finite number, or None.
+
     Raises:
         ArgumentError, MaskError: what a rank can see before the number of all tokens is known.
     """
@@ -139,6 +162,9 @@ def fused_options(
 def check_mask(mask: Tensor, plan: Plan) -> None:
     """Refuse a mask that does not cover all tokens.
 
+    Args:
+    mask: [..., seq, seq], each of the two all tokens or 1.
+
     Raises:
         MaskError: with the sizes.
     """
@@ -150,7 +176,7 @@ def check_mask(mask: Tensor, plan: Plan) -> None:
 
 
 def mask_of_heads(mask: Tensor, heads: range) -> Tensor:
-    """The mask for these query heads, from one for all of them; one without a head dim as it is."""
+    """The mask for these query heads, from one [..., heads, seq, seq] for all; one without a head dim as it is."""
     if mask.ndim == 2 or mask.shape[-3] == 1:
         return mask
     return mask.narrow(-3, heads.start, len(heads))

@@ -22,6 +22,9 @@ return.
 All but the first chunk's coming and the last one's return can be hidden: (C-1)/C of the communication. The heads
 of a chunk are whole groups of query heads that share a kv head, so that no sum is cut in two: values and
 gradients equal those of `DistributedAttention` to the bit.
+
+Source: (a) is what `sp_stream` of `deepspeed.sequence.layer` is for (D2 to D5 in docs/defects.md); (b) is this
+package's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,9 +57,13 @@ def behind_projections(
         projections: make this rank's query, key and value, `[batch, seq_local, heads, dim]` in the order of
             the layout of `attend`. Called in this order.
         attend: attention of this rank's heads.
+        plan, group: who owns what, and the ranks that share it.
 
     Returns:
         The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
+
+    Raises:
+    GroupError, LayoutError, TensorError, ShapeError, ArgumentError: of a shard, before it communicates.
     """
     layout = attend.layout.name
     kinds: tuple[Literal["query", "kv"], ...] = ("query", "kv", "kv")
@@ -82,12 +89,16 @@ def in_chunks(
     """Attention whose heads come, are attended with, and return in chunks.
 
     Args:
-        query, key, value: this rank's, as for `qkv_to_heads`.
+        query, key, value: `[batch, seq_local, heads, dim]` in the order of the layout of `attend`.
         attend: attention of a chunk of this rank's heads.
+        plan, group: who owns what, and the ranks that share it.
         chunks: how many; `Plan.most_chunks` where that is less.
 
     Returns:
         The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
+
+    Raises:
+    GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
     member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
     chunks = min(chunks, plan.most_chunks)
@@ -116,8 +127,8 @@ class ChunkedAttention(DistributedAttention):
 
     Args:
         local_attention, group, layout, plan: as for `DistributedAttention`. The local attention is called once
-            for each chunk of this rank's heads, and does not learn which heads these are: parameters by head
-            are not possible.
+            for each chunk of this rank's heads, `[batch, seq, heads of the chunk, dim]` in the order of the
+            layout, and does not learn which heads these are: parameters by head are not possible.
         chunks: how many; fewer where no rank has so many kv heads.
 
     Raises:
@@ -140,6 +151,19 @@ class ChunkedAttention(DistributedAttention):
     def exchange_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
     ) -> Tensor:
+        """As `DistributedAttention.exchange_and_attend`, in chunks of heads.
+
+        Args:
+            query, key, value: `[batch, seq_local, heads, dim]` in the order of the layout.
+            plan, group: who owns what, and the ranks that share it.
+            attend: attention of this rank's heads.
+
+        Returns:
+            `[batch, seq_local, heads, value_dim]` in the order of the layout.
+
+        Raises:
+            GroupError, LayoutError, TensorError, ShapeError, ArgumentError: as `qkv_to_heads`.
+        """
         output: Tensor = in_chunks(query, key, value, attend, plan, group, self.chunks).finish()
         return output
 
@@ -150,7 +174,7 @@ class ChunkedAttention(DistributedAttention):
 
 @no_type_check
 def check_chunks(chunks: int) -> int:
-    """The number of chunks.
+    """`chunks`, a number of chunks, as it is.
 
     Raises:
         PlanError: it is no integer of at least 1.

@@ -3,6 +3,8 @@
 The rank's kv heads become ones that the local attention understands, what it returns is checked, and the result
 is tied to everything that must get a gradient, so that each rank runs the same collectives in the backward pass
 whatever its local attention uses, and with no heads at all.
+
+Source: kv heads that query heads share, Ainslie et al., 2023, arXiv:2305.13245.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +64,8 @@ class OwnAttention:
         local: called with the tensors of some heads, `args` and `kwargs`. Not called where there are none.
         layout: of these tensors.
         others: what needs a gradient beside query, key and value; zeros on a rank without heads.
-        mask: for all tokens and query heads; `local` gets `attn_mask`, for the heads at hand.
+        mask: [batch, heads, seq, seq] or what broadcasts to it, for all tokens and query heads; `local` gets
+            `attn_mask`, for the heads at hand.
         free: the result may have another dim and dtype than the value. A rank without heads cannot know them.
     """
 
@@ -91,6 +94,10 @@ class OwnAttention:
         own: OwnHeads,
     ) -> Float[Tensor, "_ _ _ result_dim"]:
         """Attention of these heads, in the layout.
+
+        Args:
+        query, key, value: all tokens, `[batch, seq, heads at hand, dim]` in the order of the layout.
+        own: which heads these are.
 
         Raises:
             LocalAttentionError: the local attention returned something else.

@@ -6,6 +6,10 @@ only.
 Between the exchanges a rank owns a run of tokens and all heads; inside attention it owns all tokens and a run
 of query heads. With Hq query heads and Hkv kv heads, query head i uses kv head i // (Hq // Hkv), so the kv
 heads that a rank needs are a run as well. Where two ranks need the same kv head, it travels to both.
+
+Source: the even division is that of DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), kv heads that are
+shared those of Ainslie et al., 2023, arXiv:2305.13245. Any number of heads is asked for in DeepSpeed's issues #6774
+and #8291, any number of tokens in #5177 and #7384; how they are divided is this package's own.
 """
 
 from collections.abc import Sequence
@@ -78,15 +82,27 @@ class Plan:
         return sum(self.heads_by_rank)
 
     def tokens_of(self, rank: int) -> range:
-        """Global positions of the tokens that the rank owns outside attention."""
+        """Global positions of the tokens that the rank owns outside attention.
+
+        Raises:
+        PlanError: there is no such `rank`.
+        """
         return self._run(rank, self.token_runs)
 
     def query_heads(self, rank: int) -> range:
-        """Query heads that the rank owns inside attention."""
+        """Query heads that the rank owns inside attention.
+
+        Raises:
+        PlanError: there is no such `rank`.
+        """
         return self._run(rank, self.head_runs["query"])
 
     def kv_heads_of(self, rank: int) -> range:
-        """Kv heads that the rank's query heads use; other ranks may hold copies of the same ones."""
+        """Kv heads that the rank's query heads use; other ranks may hold copies of the same ones.
+
+        Raises:
+        PlanError: there is no such `rank`.
+        """
         return self._run(rank, self.head_runs["kv"])
 
     @cached_property

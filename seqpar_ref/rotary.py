@@ -5,7 +5,7 @@ it needs their global positions and no more. Pair i of a vector at position p tu
 
 $$\phi_{p,i} = p \, \theta^{-2i/r}, \quad i = 0 \dots r/2 - 1, \quad r = \text{rotary dim}$$
 
-(Su et al., 2021, arXiv:2104.09864). Two conventions say which two elements are a pair:
+(Su et al., 2021). Two conventions say which two elements are a pair:
 
 | convention | pair i | used by |
 |---|---|---|
@@ -13,6 +13,8 @@ $$\phi_{p,i} = p \, \theta^{-2i/r}, \quad i = 0 \dots r/2 - 1, \quad r = \text{r
 | interleaved | elements 2i and 2i + 1 | the paper; GPT-J |
 
 Elements from r on are left as they are.
+
+Source: Su et al., 2021, arXiv:2104.09864.
 """
 
 from reprlib import repr as shortened

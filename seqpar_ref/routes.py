@@ -1,6 +1,8 @@
 """The way of query, key and value from a shard of the sequence to a shard of the heads, for one plan and size.
 
 What an exchange needs is worked out here once and kept: the positions of ragged chunks take a while.
+
+Source: this package's own; the bound between one collective and three is measured, see docs/benchmarks.md.
 """
 
 from dataclasses import dataclass
@@ -45,19 +47,31 @@ class Route:
         return Route(self.incoming, self.outgoing)
 
     def outgoing_at(self, stage: int) -> tuple[Cut, int]:
-        """The cut that packs the stage, and which of that cut's stages it is."""
+        """The cut that packs the stage, and which of that cut's stages it is.
+
+        `stage` counts from 0.
+        """
         return _at(self.outgoing, stage)
 
     def incoming_at(self, stage: int) -> tuple[Cut, int]:
-        """The cut that unpacks the stage, and which of that cut's stages it is."""
+        """The cut that unpacks the stage, and which of that cut's stages it is.
+
+        `stage` counts from 0.
+        """
         return _at(self.incoming, stage)
 
     def started_with(self, stage: int) -> tuple[int, ...]:
-        """The stages that share their tensors with it when they are packed, itself included."""
+        """The stages that share their tensors with it when they are packed, itself included.
+
+        `stage` counts from 0.
+        """
         return _sharing(self.outgoing, stage)
 
     def finished_with(self, stage: int) -> tuple[int, ...]:
-        """The stages that share their tensors with it when they are unpacked, itself included."""
+        """The stages that share their tensors with it when they are unpacked, itself included.
+
+        `stage` counts from 0.
+        """
         return _sharing(self.incoming, stage)
 
 
@@ -105,6 +119,14 @@ def wire_of(
     looks at the bytes that one rank sends to another one on average, because all ranks must choose alike; where
     heads travel in chunks, in one chunk.
 
+    Args:
+    wire: what the caller says; "auto" for the rule.
+    plan: who owns what.
+    batch: rows of the batch.
+    dims: elements of one vector of query, key and value.
+    dtype: what travels.
+    chunks: chunks of heads, 1 or more.
+
     Raises:
         ArgumentError: no such wire.
     """
@@ -126,7 +148,10 @@ def routes_to_heads(
     """A route for each load, from all heads of the rank's tokens to all tokens of the rank's heads.
 
     Args:
-        like: a tensor that has the batch and the device of those that are to travel.
+        plan, layout: who owns what; where each dim stands.
+        rank: this rank in the group, from 0.
+        loads: what travels together.
+        like: a tensor that has the batch and the device of those that are to travel, and four dims in any shape.
         chunks: stages of each route; in each travels a chunk of every rank's heads (see `Plan.chunk_runs`).
     """
     batch, device = like.shape[layout.batch], like.device

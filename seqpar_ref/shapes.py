@@ -8,6 +8,8 @@
 | `d`, dim | the vector of one token and one head |
 
 A layout is the order of these words in a tensor. `dim` always comes last.
+
+Source: axis words in the place of numbers are those of einops (Rogozhnikov, 2022).
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,12 @@ class Layout:
     heads: int
 
     def shape(self, batch: int, tokens: int, heads: int, dim: int) -> tuple[int, int, int, int]:
-        """The shape of a tensor of these sizes in this layout."""
+        """The shape of a tensor of these sizes in this layout.
+
+        Args:
+        batch, tokens, heads: rows, tokens and heads of the tensor.
+        dim: elements of one vector.
+        """
         sizes = {self.batch: batch, self.sequence: tokens, self.heads: heads}
         return sizes[0], sizes[1], sizes[2], dim
 

@@ -25,6 +25,8 @@ There are three ways to do it, tried in this order. Each writes the payload at m
 
 What a rank keeps need not pass through the buffers. With the first two ways a cut may leave out the chunk of
 its own rank; `keep` copies it from tensor to tensor, while the others' chunks travel.
+
+Source: this package's own, in the place of four helpers of `deepspeed.sequence.layer` (docs/deepspeed.md, D16).
 """
 
 import itertools
@@ -115,7 +117,7 @@ class Places:
     """Where each row of a tensor, and each copy of it, stands in the pieces of a buffer.
 
     All arrays have the dims of the tensor, its vectors counted in rows, and a last one for the copies in rank
-    order; they broadcast to each other.
+    order; their shapes broadcast to each other.
 
     Args:
         holder: which run the copy belongs to.
@@ -353,7 +355,10 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they can be made at once."""
+    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they can be made at once.
+
+    The buffer is flat, [elements]; the tensors have the shapes of the cut's parts.
+    """
 
     tensors: tuple[Tensor, ...]
     buffer: Shaped[Tensor, " size"]

@@ -144,11 +144,11 @@ class Cluster:
         return self.network_bandwidth * self.network_efficiency
 
     def node_of(self, ranks: np.ndarray) -> np.ndarray:
-        """The node of each global rank."""
+        """The node of each global rank, from 0: [ranks] to [ranks]."""
         return ranks // self.devices_per_node
 
     def nic_of(self, ranks: np.ndarray) -> np.ndarray:
-        """The network card of each global rank, counted over all nodes."""
+        """The network card of each global rank, counted over all nodes, from 0: [ranks] to [ranks]."""
         own = ranks % self.devices_per_node * self.nics_per_node // self.devices_per_node
         return self.node_of(ranks) * self.nics_per_node + own
 
@@ -222,6 +222,10 @@ CLUSTERS = {cluster.name: cluster for cluster in (A100_NODE, H100_NODE, A100_NOD
 
 def cluster_of(cluster: str | Cluster, ranks: int) -> Cluster:
     """The cluster of that name, or the cluster itself.
+
+    Args:
+    cluster: name of a preset, or a `Cluster`.
+    ranks: number of ranks that are to fit.
 
     Raises:
         ClusterError: there is no preset of that name, or it has fewer devices than there are ranks.

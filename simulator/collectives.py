@@ -1,11 +1,14 @@
 r"""Each collective as a pure function of all ranks' tensors.
 
 Every function takes what all ranks put in, as a list by rank, and returns what all ranks get, again by rank. There is
-no process group, no buffer and no order of events here: this file says what the words *all-to-all*, *all-gather* and so
+no process group, no buffer and no order of events here: this file says what the words *all-to-all*,
+*all-gather* and so
 on mean. `VirtualWorld` executes these definitions, plain autograd differentiates them (so they are an oracle for
 hand-written backward passes), and the first notebook steps through them.
 
 $P$ is the number of ranks and $x_r$ the tensor of rank $r$; $\Vert$ concatenates along dim 0.
+
+Source: MPI: A Message-Passing Interface Standard 4.0, chapter 6; docs.pytorch.org/docs/stable/distributed.html.
 """
 
 from __future__ import annotations
@@ -85,20 +88,40 @@ def reduce_scatter(tensors: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
 
 
 def all_reduce(tensors: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
-    r"""Every rank gets the reduction of all ranks' tensors, $y_s = \bigoplus_r x_r$ (see `reduce_scatter` for `op`)."""
+    r"""Every rank gets the reduction of all ranks' tensors, $y_s = \bigoplus_r x_r$.
+
+    Tensors of one shape and dtype, by rank; see `reduce_scatter` for `op`.
+
+    Raises:
+        CollectiveMismatchError: shapes or dtypes differ.
+        UnsupportedOperationError: an `op` of another name.
+    """
     tensors = _checked("all_reduce", tensors)
     return [reduce_tensors(tensors, op)] * len(tensors)
 
 
 def reduce(tensors: Sequence[Tensor], root: int, op: str = "sum") -> list[Tensor]:
-    r"""Rank `root` gets the reduction of all ranks' tensors; every other rank keeps its own."""
+    r"""Rank `root` gets the reduction of all ranks' tensors; every other rank keeps its own.
+
+    Tensors of one shape and dtype, by rank; `root` is a rank from 0; see `reduce_scatter` for `op`.
+
+    Raises:
+        CollectiveMismatchError: shapes or dtypes differ, or there is no such root.
+        UnsupportedOperationError: an `op` of another name.
+    """
     tensors = _checked("reduce", tensors)
     _check_root("reduce", root, len(tensors))
     return [reduce_tensors(tensors, op) if rank == root else x for rank, x in enumerate(tensors)]
 
 
 def broadcast(tensors: Sequence[Tensor], root: int) -> list[Tensor]:
-    r"""Every rank gets the tensor of rank `root`, $y_s = x_{root}$; all ranks pass tensors of one shape and dtype."""
+    r"""Every rank gets the tensor of rank `root`, $y_s = x_{root}$; all ranks pass tensors of one shape and dtype.
+
+    `root` is a rank from 0.
+
+    Raises:
+        CollectiveMismatchError: shapes or dtypes differ, or there is no such root.
+    """
     tensors = _checked("broadcast", tensors)
     _check_root("broadcast", root, len(tensors))
     _check_alike("broadcast", [(x.dtype, tuple(x.shape)) for x in tensors])
@@ -106,7 +129,13 @@ def broadcast(tensors: Sequence[Tensor], root: int) -> list[Tensor]:
 
 
 def gather(tensors: Sequence[Tensor], root: int) -> list[list[Tensor]]:
-    r"""Rank `root` gets the list of all ranks' tensors; every other rank gets an empty list."""
+    r"""Rank `root` gets the list of all ranks' tensors; every other rank gets an empty list.
+
+    Tensors of one shape and dtype, by rank; `root` is a rank from 0.
+
+    Raises:
+        CollectiveMismatchError: shapes or dtypes differ, or there is no such root.
+    """
     tensors = _checked("gather", tensors)
     _check_root("gather", root, len(tensors))
     _check_alike("gather", [(x.dtype, tuple(x.shape)) for x in tensors])
@@ -114,7 +143,14 @@ def gather(tensors: Sequence[Tensor], root: int) -> list[list[Tensor]]:
 
 
 def scatter(parts: Sequence[Sequence[Tensor]], root: int) -> list[Tensor]:
-    r"""Rank s gets the s-th tensor of the list that rank `root` passes; the lists of the other ranks are not read."""
+    r"""Rank s gets the s-th tensor of the list that rank `root` passes; the lists of the other ranks are not read.
+
+    The root's tensors have one shape and dtype; `root` is a rank from 0.
+
+    Raises:
+        CollectiveMismatchError: the root passes another number of tensors than there are ranks, shapes or
+            dtypes differ, or there is no such root.
+    """
     _check_root("scatter", root, len(parts))
     own = _checked("scatter", parts[root])
     if len(own) != len(parts):
@@ -127,7 +163,14 @@ def scatter(parts: Sequence[Sequence[Tensor]], root: int) -> list[Tensor]:
 
 
 def reduce_tensors(tensors: Sequence[Tensor], op: str = "sum") -> Tensor:
-    r"""$\bigoplus_r x_r$ in rank order, in the tensors' own dtype: what `all_reduce` gives to every rank."""
+    r"""$\bigoplus_r x_r$ in rank order, in the tensors' own dtype: what `all_reduce` gives to every rank.
+
+    Tensors of one shape and dtype, by rank; see `reduce_scatter` for `op`.
+
+    Raises:
+        CollectiveMismatchError: shapes or dtypes differ.
+        UnsupportedOperationError: an `op` of another name.
+    """
     tensors = _checked("a reduction", tensors)
     _check_alike("a reduction", [(x.dtype, tuple(x.shape)) for x in tensors])
     if not isinstance(op, str) or op not in _REDUCTIONS:

@@ -11,6 +11,8 @@ Everything comes in as plain ranges and arrays, so that any plan, ledger or note
 
 A picture is a matplotlib figure that a notebook shows as SVG.  Colour is never the only sign: every area
 carries the number of its rank, and neighbours are parted by a line.
+
+Source: this package's own.
 """
 
 from __future__ import annotations
@@ -60,6 +62,10 @@ def draw_layouts(token_ranges: Sequence[range], head_ranges: Mapping[str, Sequen
 def draw_bytes(sent: np.ndarray | Sequence[Sequence[int]], title: str = "bytes sent") -> Picture:
     """Draw a ranks x ranks matrix of bytes: row = the rank that sends, column = the rank that receives.
 
+    Args:
+    sent: bytes, [sender, receiver].
+    title: above the matrix.
+
     Raises:
         DrawingError: the matrix is not square, or holds a negative number.
     """
@@ -76,6 +82,11 @@ def draw_exchange(
     title: str | None = None,
 ) -> Picture:
     """Draw both in one picture: the layouts of :func:`draw_layouts` and the matrix of :func:`draw_bytes`.
+
+    Args:
+    token_ranges, head_ranges: as for `draw_layouts`.
+    sent: bytes, [sender, receiver].
+    title: above the picture.
 
     Raises:
         DrawingError: see the two functions; also when ranges and matrix are for different numbers of ranks.
@@ -174,6 +185,7 @@ def _label_axes(panel: Axes, title: str, head_name: str, heads: int, tokens: int
 
 
 def draw_bytes_panel(panel: Axes, matrix: np.ndarray, title: str) -> None:
+    """Draw the matrix of :func:`draw_bytes`, bytes [sender, receiver], into a panel of another figure."""
     divisor, unit = byte_unit(int(matrix.max()))
     largest = max(float(matrix.max() / divisor), 1e-12)
     scaled = (matrix / divisor).tolist()

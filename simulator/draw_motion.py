@@ -1,12 +1,15 @@
 """A moving picture of one exchange, as a GIF that a code host shows: blocks go from rank to rank, and back.
 
-Each rank has a panel with the places of all tokens and heads. A block, some tokens of some heads, has the same place in
+Each rank has a panel with the places of all tokens and heads. A block, some tokens of some heads, has the
+same place in
 every panel, so that it only moves sideways::
 
     gif = animate_exchange([range(0, 6), range(6, 10)], [range(0, 2), range(2, 3)])
     Path("exchange.gif").write_bytes(gif)
 
 A block has the colour of the rank that owns its tokens, and at its left edge that of the rank that owns its heads.
+
+Source: this package's own.
 """
 
 from __future__ import annotations
@@ -83,7 +86,13 @@ def _frame(
 def draw_blocks(
     token_ranges: Sequence[range], head_ranges: Sequence[range], moved: float, title: str
 ) -> Picture:
-    """Draw one frame of `animate_exchange`."""
+    """Draw one frame of `animate_exchange`.
+
+    Args:
+    token_ranges, head_ranges: as for `animate_exchange`.
+    moved: the part of the way that each block has gone, from 0 to 1.
+    title: above the picture.
+    """
     picture = Picture(columns=1)
     picture.set_layout_engine("none")
     picture.set_size_inches(WIDTH, HEIGHT)

@@ -1,4 +1,7 @@
-"""Figures of a run: its timeline, and its ledger."""
+"""Figures of a run: its timeline, and its ledger.
+
+Source: this package's own.
+"""
 
 from __future__ import annotations
 

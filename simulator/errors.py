@@ -1,6 +1,8 @@
 """What can be wrong with a distributed program, one class per mistake.
 
 Every message has the facts in its first lines and, in its last, what to change.
+
+Source: this package's own. docs/errors.md lists causes and mends.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The outputs of a call in flight may be neither read nor written, its inputs may not be written. What overlaps is found
 by byte ranges, so that the other half of a flat buffer is no access, and views of a buffer are.
+
+Source: docs.pytorch.org/docs/stable/distributed.html, on asynchronous operations and `Work.wait`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
     world.ledger.expect(4096, kind="all_to_all_single", calls=1)
 
 The bytes are those of the direct algorithm, as `simulator.executions` describes it; what a rank keeps is not counted.
+
+Source: this package's own.
 """
 
 from __future__ import annotations
@@ -70,7 +72,12 @@ class Record:
 
 
 class Total(NamedTuple):
-    """How often something was called, counted once for a collective, and the bytes that were sent."""
+    """How often something was called, counted once for a collective, and the bytes that were sent.
+
+    Attributes:
+        calls: how often.
+        bytes: sent, what a rank keeps not counted.
+    """
 
     calls: int
     bytes: int

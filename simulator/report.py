@@ -1,4 +1,7 @@
-"""What a run has recorded, as files in a folder: tables, a trace for Perfetto, figures."""
+"""What a run has recorded, as files in a folder: tables, a trace for Perfetto, figures.
+
+Source: this package's own.
+"""
 
 from __future__ import annotations
 

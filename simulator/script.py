@@ -7,6 +7,8 @@
 Under torchrun each process has its own `sys.argv`, `sys.path`, `__main__` and modules. These are exchanged with the
 other things of a process when another rank goes on: the `singletons` of the script say which. Of the modules, those
 that the script finds in its own folder exist once for each rank. Packages that are installed are shared by all ranks.
+
+Source: docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
 from __future__ import annotations

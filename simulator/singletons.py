@@ -3,8 +3,11 @@
     VirtualWorld(4, singletons=[yunchang.globals.PROCESS_GROUP, (megatron.parallel_state, "_GROUP")])
 
 Each rank begins with what is there when the run begins: Python's own containers (dict, list, set, deque, ...) are
-copied, everything in them is the same object, also a container in a container. What a rank sets or deletes is its own,
+copied, everything in them is the same object, also a container in a container. What a rank sets or deletes is
+its own,
 and gone after the run.
+
+Source: this package's own.
 """
 
 from __future__ import annotations

@@ -1,19 +1,25 @@
 """Virtual streams and events, with the semantics of CUDA's.
 
 A stream is an order of operations. Operations of different streams have no order, unless an event, a
-`wait_stream`, a `synchronize` or the end of a collective gives them one. Virtual ranks execute every operation at once,
+`wait_stream`, a `synchronize` or the end of a collective gives them one. Virtual ranks execute every
+operation at once,
 so a program's results do not show a missing synchronisation; what shows it is `StreamRaceError`, with both accesses.
 
-On virtual ranks torch.Stream, torch.Event, torch.accelerator's and torch.cuda's functions on streams are those of this
+On virtual ranks torch.Stream, torch.Event, torch.accelerator's and torch.cuda's functions on streams are
+those of this
 file, so that stream code runs as it is.
 
-As on a GPU: a new stream waits for nothing, not even for the default stream. A collective begins after what the current
+As on a GPU: a new stream waits for nothing, not even for the default stream. A collective begins after what
+the current
 stream has been given so far, and `wait()` makes the *current* stream wait for it. What reads numbers on the host
 (`item`, `tolist`, `nonzero`) waits for the current stream. `backward` runs on the stream that is current when it is
 called, after all others of the rank: autograd's own synchronisation between streams is taken to be right.
 
-Not modelled: memory that is freed while another stream uses it (`record_stream` is accepted and does nothing), graphs,
+Not modelled: memory that is freed while another stream uses it (`record_stream` is accepted and does
+nothing), graphs,
 priorities, and streams of several devices in one rank.
+
+Source: docs.pytorch.org/docs/stable/notes/cuda.html; the order of accesses by vector clocks, see `simulator.races`.
 """
 
 from __future__ import annotations
@@ -48,11 +54,19 @@ class Stream:
     device = torch.device("cpu")
 
     def wait_stream(self, stream: Stream) -> None:
-        """What comes next on this stream comes after all that `stream` has been given so far."""
+        """What comes next on this stream comes after all that `stream` has been given so far.
+
+        Raises:
+        StreamError: used on another rank, in another run, or outside of a virtual rank.
+        """
         self.wait_event(stream.record_event())
 
     def wait_event(self, event: Event) -> None:
-        """What comes next on this stream comes after the event; an event never recorded is no wait, as on CUDA."""
+        """What comes next on this stream comes after the event; an event never recorded is no wait, as on CUDA.
+
+        Raises:
+        StreamError: used on another rank, in another run, or outside of a virtual rank.
+        """
         board = self._checked()
         if event._moment is not None:
             board.wait(self.stream_id, event._moment_of(board))
@@ -64,12 +78,20 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        """The host waits: what comes next on any stream comes after all that this one has been given."""
+        """The host waits: what comes next on any stream comes after all that this one has been given.
+
+        Raises:
+        StreamError: used on another rank, in another run, or outside of a virtual rank.
+        """
         board = self._checked()
         board.host_waits(board.moment(self.stream_id))
 
     def query(self) -> bool:
-        """True: all is done, and the host knows it."""
+        """True: all is done, and the host knows it.
+
+        Raises:
+        StreamError: used on another rank, in another run, or outside of a virtual rank.
+        """
         self.synchronize()
         return True
 
@@ -111,28 +133,48 @@ class Event:
         self._recorded_on: Board | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        """Stand behind all that the stream, else the current one, has been given so far."""
+        """Stand behind all that the stream, else the current one, has been given so far.
+
+        Raises:
+        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+        """
         stream = current_stream() if stream is None else stream
         board = stream._checked()
         self._moment, self._recorded_on = board.moment(stream.stream_id), board
 
     def wait(self, stream: Stream | None = None) -> None:
-        """The stream, else the current one, waits for this event."""
+        """The stream, else the current one, waits for this event.
+
+        Raises:
+        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+        """
         (current_stream() if stream is None else stream).wait_event(self)
 
     def synchronize(self) -> None:
-        """The host waits for this event."""
+        """The host waits for this event.
+
+        Raises:
+        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+        """
         board = _board()
         if self._moment is not None:
             board.host_waits(self._moment_of(board))
 
     def query(self) -> bool:
-        """True: what stands before it is done, and the host knows it."""
+        """True: what stands before it is done, and the host knows it.
+
+        Raises:
+        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+        """
         self.synchronize()
         return True
 
     def elapsed_time(self, end: Event) -> float:
-        """Refused: virtual streams keep an order, no time."""
+        """Refused: virtual streams keep an order, no time.
+
+        Raises:
+        StreamError: always; it would be in milliseconds.
+        """
         raise StreamError(
             "a virtual event has no time.\n  Pass cluster= to VirtualWorld and look at `world.trace`."
         )
@@ -146,13 +188,21 @@ class Event:
 
 
 def current_stream(device: Any = None) -> Stream:
-    """The stream that the rank's next operation goes to."""
+    """The stream that the rank's next operation goes to.
+
+    Raises:
+    StreamError: called outside of a virtual rank.
+    """
     board = _board()
     return _stream_of(board, board.current)
 
 
 def default_stream(device: Any = None) -> Stream:
-    """The stream on which a rank begins."""
+    """The stream on which a rank begins.
+
+    Raises:
+    StreamError: called outside of a virtual rank.
+    """
     return _stream_of(_board(), DEFAULT)
 
 
@@ -175,7 +225,11 @@ def stream(stream: Stream | None) -> Iterator[None]:
 
 
 def synchronize(device: Any = None) -> None:
-    """The host waits for all streams of the rank."""
+    """The host waits for all streams of the rank.
+
+    Raises:
+    StreamError: called outside of a virtual rank.
+    """
     board = _board()
     for number in board.names:
         board.host_waits(board.moment(number))

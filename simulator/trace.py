@@ -1,9 +1,10 @@
 """What happened when, on every rank: a file for Perfetto, a figure, and a table.
 
-`save` writes Chrome's trace event format ("Trace Event Format", docs.google.com/document/d/
-1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU): one process a rank, one thread a lane, a complete event for each span and
+`save` writes Chrome's trace event format: one process a rank, one thread a lane, a complete event for each span and
 a flow event from the sender's slice to the receiver's for each pair of ranks that exchanges bytes. Open it at
 ui.perfetto.dev or chrome://tracing.
+
+Source: "Trace Event Format", docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 from __future__ import annotations

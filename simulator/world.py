@@ -2,6 +2,8 @@
 
 The function sees what it would see under torchrun: its own rank, world size, environment and process groups. Only the
 words that it says are matched and executed here instead of on a network.
+
+Source: docs.pytorch.org/docs/stable/distributed.html and, for the environment, .../stable/elastic/run.html.
 """
 
 from __future__ import annotations
@@ -127,6 +129,7 @@ class VirtualWorld:
             Exception: what `fn` raises on a rank comes out as the same object, with a note that names the rank.
             HazardError: a rank did what `hazards` looks for.
             UnsupportedTransformError: called under forward-mode AD or inside a functorch transform.
+            WorldError: `fn` cannot be called.
         """
         if not callable(fn):
             raise WorldError(
