@@ -88,7 +88,7 @@ world.trace.draw()
 #
 # `UlyssesBlock(..., overlap="projections")` is attention with its four linear layers, in this order:
 #
-# ```
+# ```text
 # project q | start q | project k | start k | project v | start v | finish q k v | attention | start o | finish o
 # ```
 #

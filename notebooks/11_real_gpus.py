@@ -166,21 +166,24 @@ for case in report["cases"]:
 #
 # One machine with 8 devices, the script and the command:
 #
-# ```
+# <!-- not run: needs a GPU -->
+# ```bash
 # torchrun --nproc-per-node 8 attend.py FOLDER nccl
 # torchrun --nproc-per-node 8 -m seqpar_ref.validate --backend nccl
 # ```
 #
 # Two machines, the same line on each; `HOST` is one of them:
 #
-# ```
+# <!-- not run: needs two machines with GPUs -->
+# ```bash
 # torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id attend --rdzv-endpoint HOST:29500 \
 #     attend.py FOLDER nccl
 # ```
 #
 # The language model of the last notebook, on as many devices as ranks:
 #
-# ```
+# <!-- not run: needs a GPU -->
+# ```bash
 # seqpar demo --backend nccl --ranks 4
 # ```
 #

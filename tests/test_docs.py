@@ -1,10 +1,8 @@
-"""The docs site builds without a warning, asks no other host for anything, and its examples run."""
+"""The docs site builds without a warning, and asks no other host for anything."""
 
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 LOADS = {  # what a browser fetches by itself; <a href> is for the reader to click
@@ -72,21 +70,6 @@ def test_formulas_fonts_and_scripts_are_served_by_the_site(site):
     sheet = (site / "vendor/katex/katex.min.css").read_text(encoding="utf-8")
     for font in re.findall(r"url\(([^)]+)\)", sheet):
         assert (site / "vendor/katex" / font).exists(), font
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/deepspeed.md"])
-def test_the_examples_run(page, capsys):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    assert blocks
-    names: dict = {}
-    exec(
-        compile(blocks[0], page, "exec"), names
-    )  # the others need transformers; test_huggingface.py runs them
-    assert capsys.readouterr().out
-    if "output" in names:
-        assert names["output"].shape == (2, 10, 9, 16)
 
 
 def test_the_figures_are_what_their_script_draws():
