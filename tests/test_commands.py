@@ -1,22 +1,24 @@
 """Every command and every example in README.md and docs/ runs, or its page says why not.
 
-A block of commands is fenced as bash, an example as python, and everything else as text. They run unless a comment stands
-above the block:
+A block of commands is fenced as bash, an example as python, and everything else as text. They run unless a comment
+stands above the block:
 
     <!-- not run: REASON -->
     <!-- run as: COMMAND | REASON -->             a cheaper form of the same command
     <!-- run by: tests/FILE.py::TEST | REASON -->   another test runs it
 
-The commands run in a folder that has the repository's files and a script train.py. The examples of a page share their
-names. Those of the notebooks' pages are left to tests/test_notebooks.py.
+Each command runs in a folder of its own that has the repository's files and a script train.py. The examples of a page
+share their names. Those of the notebooks' pages are left to tests/test_notebooks.py.
 """
 
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"(?:^ *<!-- ([^\n]*) -->\n\n?)?^( *)```([^\n]*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 REASONS = ("GPU", "Slurm", "install", "minutes", "machines", "fragment", "placeholder")
+Done = subprocess.CompletedProcess[str]
 MARK = re.compile(r"(not run|run as|run by): ([^|]*?)(?: \| (.+))?")
 
 
@@ -71,10 +74,9 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_folder(folder: Path) -> Path:
     """The repository's files, and a script of the reader's."""
-    folder = tmp_path_factory.mktemp("commands")
+    folder.mkdir()
     for name in ("tests", "benchmarks", "notebooks", "docs", "seqpar_ref", "simulator", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("Makefile", "constraints.txt"):
@@ -85,15 +87,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def done(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Done]]]:
+    """What becomes of each command that is to be tested. Two run at a time."""
+    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    texts = [text for text in RUN if any(spec and spec.params.get("text") == text for spec in callspecs)]
+    parent = tmp_path_factory.mktemp("commands")
+    folders = [make_folder(parent / str(number)) for number in range(len(texts))]
+    with ThreadPoolExecutor(2) as pool:
+        yield {text: pool.submit(run, text, folder) for text, folder in zip(texts, folders, strict=True)}
+
+
+def run(text: str, folder: Path) -> Done:
+    assert not re.search(r"\binstall\b", text), "the tests install nothing"
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PET_MASTER_PORT": str(port),  # torchrun's, so that two can run at a time
+    }
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", RUN, ids=[str(block) for block in RUN.values()])
-def test_the_command_runs(text: str, folder: Path) -> None:
-    assert not re.search(r"\binstall\b", text), "the tests install nothing"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["bash", "-euo", "pipefail", "-c", text]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_command_runs(text: str, done: dict[str, Future[Done]]) -> None:
+    ended = done[text].result()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in EXAMPLES}))

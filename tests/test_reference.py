@@ -1,11 +1,15 @@
 """Every public name is in the API reference, and its docstring has shapes, units, errors and a source."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.reference_rules import Entry, entries
+from simulator import VirtualWorld
+from tests.reference_rules import ROOT, Entry, entries
 
 PACKAGES = ("seqpar_ref", "simulator")
 POOR = '''
@@ -82,3 +86,46 @@ def test_what_a_docstring_lacks_is_found(tmp_path, monkeypatch):
         ],
         "good": [],
     }
+
+
+def made_pages():
+    path = ROOT / "docs" / "make_reference.py"
+    specification = importlib.util.spec_from_file_location("make_reference", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_of_commands_and_errors_are_made_from_the_code():
+    made = made_pages()
+    for name, page in made.PAGES.items():
+        stored = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert page() == stored, f"docs/{name} is stale: run python docs/make_reference.py"
+
+
+def test_every_error_has_a_mend():
+    made = made_pages()
+    names = [error.__name__ for errors in made.errors().values() for error in errors]
+    assert sorted(names) == sorted(made.MENDS)
+    for package in PACKAGES:
+        module = importlib.import_module(f"{package}.errors")
+        assert {name for name in vars(module) if name.endswith("Error")} <= set(names)
+
+
+def test_the_fields_of_a_trace_are_on_the_page_of_file_formats():
+    def program():
+        x = torch.ones(64, 64)
+        work = dist.all_reduce(x.clone(), async_op=True)
+        x @ x
+        work.wait()
+
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    world = VirtualWorld(2, cluster="h100-node")
+    world.run(program)
+    trace = world.trace.as_json()
+    fields = {*trace, *trace["otherData"]}
+    for event in trace["traceEvents"]:
+        fields |= {*event, *event.get("args", ())}
+    assert not [field for field in sorted(fields) if f"`{field}`" not in page]
+    for header in ("kind", "source line", "rank", "calls of a rank", "bytes sent", "bytes received"):
+        assert header in str(world.ledger) and f"`{header}`" in page

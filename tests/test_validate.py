@@ -369,7 +369,7 @@ def test_the_whole_command_on_four_gloo_processes(tmp_path):
     saved = parts["step, overlap none"]["hidden"]
     assert saved is None and isinstance(parts["step, overlap chunks"]["hidden"], float)
     assert done.stdout.count("45 of 45 cases passed.") == 1  # rank 0 alone prints
-    documented = (ROOT / "docs" / "real_ranks.md").read_text()
+    documented = (ROOT / "docs" / "formats.md").read_text()
     for names in (
         found,
         found["environment"],
