@@ -1,7 +1,8 @@
 # Every command makes the virtual environment in .venv and installs what it needs, once; a second run installs nothing.
 #   make demo    a language model reads a text split over 4 virtual ranks (arguments: make demo DEMO="--ranks 9")
 #   make test    the tests           make lint    ruff, mypy, import-linter
-#   make docs    the site, in site/  make clean   remove what the commands made
+#   make docs    the site, in site/  make serve   the same at http://127.0.0.1:8000, built anew when a page changes
+#   make clean   remove what the commands made
 #   make lab     the notebooks, in JupyterLab         make notebooks   execute them all, write outputs and pages
 # PYTHON chooses the interpreter (3.11 or newer). TORCH_INDEX chooses where torch comes from, for the CPU build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -16,7 +17,7 @@ NOTEBOOKS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt
 
-.PHONY: demo test lint docs explorer notebooks lab clean
+.PHONY: demo test lint docs serve explorer notebooks lab clean
 .NOTPARALLEL: # one virtual environment, one installation at a time
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,9 @@ lint: .venv/installed-dev
 
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+serve: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # Only for whoever changes the explorer, or a line of seqpar_ref that it shows: docs/explorer.js is committed.
 explorer: .venv/installed-dev

@@ -50,15 +50,16 @@ def errors_page() -> str:
         "# Errors",
         "",
         "Every error says what is wrong, with the numbers, and in its last line what to change. Each class also",
-        "derives from the built-in exception in the third column, so `except ValueError` works. (Made from the",
-        "classes by `python docs/make_reference.py`.)",
+        "derives from the built-in exception in brackets, so `except ValueError` works. (Made from the classes by",
+        "`python docs/make_reference.py`.)",
     ]
     for package, classes in errors().items():
-        lines += ["", f"## {package}", "", "| error | cause | is also a | mend |", "|---|---|---|---|"]
+        lines += ["", f"## {package}"]
         for error in classes:
-            doc = inspect.cleandoc(error.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            cause = inspect.cleandoc(error.__doc__ or "").split("\n\n")[0].replace("\n", " ")
             built_in = next(base.__name__ for base in error.__mro__ if base.__module__ == "builtins")
-            lines.append(f"| `{error.__name__}` | {doc} | `{built_in}` | {MENDS[error.__name__]} |")
+            lines += ["", f"### {error.__name__}", "", f"(`{built_in}`) {cause}", ""]
+            lines += [f"*What to change:* {MENDS[error.__name__]}"]
     return "\n".join(lines) + "\n"
 
 
