@@ -211,7 +211,7 @@ def dims_of(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> tuple[int,
     """Which dim is scattered and which one gathered: see `single_all_to_all`.
 
     Args:
-    scatter_idx, gather_idx, batch_dim_idx: numbers of dims, from 0.
+        scatter_idx, gather_idx, batch_dim_idx: numbers of dims, from 0.
 
     Raises:
         ArgumentError: indices that the original has no meaning for, or a wrong one.
@@ -234,7 +234,7 @@ def check_batch_dim(batch_dim_idx: int) -> None:
     """Refuse what is no dim of the batch, such as an argument that stood in its place once (D18).
 
     Args:
-    batch_dim_idx: number of the dim, 0 or 1.
+        batch_dim_idx: number of the dim, 0 or 1.
 
     Raises:
         ArgumentError: neither 0 nor 1.

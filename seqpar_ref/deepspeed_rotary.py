@@ -60,8 +60,8 @@ def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout:
     """Refuse what is no pair of cosines and sines for these tensors, such as a mask in its place.
 
     Args:
-    rotary_pos_emb: cosines and sines, each [sequence, 1 or batch, 1, rotary dim]; None for no rotary.
-    query: four dims in the order of the layout.
+        rotary_pos_emb: cosines and sines, each [sequence, 1 or batch, 1, rotary dim]; None for no rotary.
+        query: four dims in the order of the layout.
 
     Raises:
         RotaryError: what does not fit, with the numbers.
@@ -92,9 +92,9 @@ def own_tables(
     """Cosines and sines of the rank's own tokens, in the layout of its query.
 
     Args:
-    rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], of all tokens or of this rank's.
-    plan, layout: who owns what; where each dim stands.
-    rank: this rank in the group, from 0.
+        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], of all tokens or of this rank's.
+        plan, layout: who owns what; where each dim stands.
+        rank: this rank in the group, from 0.
 
     Raises:
         RotaryError: they are neither for all tokens nor for the rank's.

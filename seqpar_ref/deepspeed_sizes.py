@@ -23,8 +23,8 @@ def check_shards(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> N
     """Refuse query, key and value that do not belong together. The query may have other tokens than the others.
 
     Args:
-    query: `[batch, tokens, heads, dim]` in the order of `layout`.
-    key, value: `[batch, kv tokens, kv_heads, dim]` in that order.
+        query: `[batch, tokens, heads, dim]` in the order of `layout`.
+        key, value: `[batch, kv tokens, kv_heads, dim]` in that order.
 
     Raises:
         TensorError, ShapeError: with the sizes.
@@ -66,10 +66,10 @@ def plans_of(
     Without a plan the ranks exchange a record of 12 integers, 96 bytes to each other rank.
 
     Args:
-    query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
-    group: the ranks that share the sequence.
-    plan: one made beforehand, for both; None to make them here.
-    requires_grad: whether any of what is passed needs a gradient.
+        query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
+        group: the ranks that share the sequence.
+        plan: one made beforehand, for both; None to make them here.
+        requires_grad: whether any of what is passed needs a gradient.
 
     Raises:
         RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.

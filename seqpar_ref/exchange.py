@@ -215,8 +215,8 @@ def qkv_to_heads(
             on all ranks.
 
     Returns:
-    Query, key and value, `[batch, seq, heads_local, dim]` in the order of `layout`: all tokens, and this rank's
-    query heads or the kv heads that they use.
+        Query, key and value, `[batch, seq, heads_local, dim]` in the order of `layout`: all tokens, and this rank's
+        query heads or the kv heads that they use.
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
@@ -258,7 +258,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None
     """Refuse query, key and value that do not belong together.
 
     Args:
-    query, key, value: four dims in the order of `layout`, of any shape.
+        query, key, value: four dims in the order of `layout`, of any shape.
 
     Raises:
         TensorError, ShapeError: with the sizes.

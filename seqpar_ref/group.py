@@ -137,7 +137,7 @@ def check_kind(group: GroupLike) -> None:
     """Refuse what `group_of` could never use. Needs no process group to be there yet.
 
     Raises:
-    GroupError: something that is no process group, no device mesh and not None.
+        GroupError: something that is no process group, no device mesh and not None.
     """
     known = isinstance(group, dist.ProcessGroup | DeviceMesh | TorchGroup | None)
     if not known and group is not dist.GroupMember.NON_GROUP_MEMBER:

@@ -117,11 +117,11 @@ def fused_options(
     `enable_gqa` is accepted and has no effect: query heads share kv heads where there are fewer of these.
 
     Args:
-    query: `[batch, seq_local, heads, dim]` in the order of `layout`.
-    attn_mask: [batch, heads, seq, seq], or what broadcasts to it.
-    dropout_p: probability, 0 to 1.
-    is_causal: True or False.
-    scale: factor of the scores, a finite number, or None.
+        query: `[batch, seq_local, heads, dim]` in the order of `layout`.
+        attn_mask: [batch, heads, seq, seq], or what broadcasts to it.
+        dropout_p: probability, 0 to 1.
+        is_causal: True or False.
+        scale: factor of the scores, a finite number, or None.
 
     Raises:
         ArgumentError, MaskError: what a rank can see before the number of all tokens is known.
@@ -163,7 +163,7 @@ def check_mask(mask: Tensor, plan: Plan) -> None:
     """Refuse a mask that does not cover all tokens.
 
     Args:
-    mask: [..., seq, seq], each of the two all tokens or 1.
+        mask: [..., seq, seq], each of the two all tokens or 1.
 
     Raises:
         MaskError: with the sizes.

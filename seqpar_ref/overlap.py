@@ -63,7 +63,7 @@ def behind_projections(
         The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
 
     Raises:
-    GroupError, LayoutError, TensorError, ShapeError, ArgumentError: of a shard, before it communicates.
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: of a shard, before it communicates.
     """
     layout = attend.layout.name
     kinds: tuple[Literal["query", "kv"], ...] = ("query", "kv", "kv")
@@ -98,7 +98,7 @@ def in_chunks(
         The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
 
     Raises:
-    GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
     member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
     chunks = min(chunks, plan.most_chunks)

@@ -96,8 +96,8 @@ class OwnAttention:
         """Attention of these heads, in the layout.
 
         Args:
-        query, key, value: all tokens, `[batch, seq, heads at hand, dim]` in the order of the layout.
-        own: which heads these are.
+            query, key, value: all tokens, `[batch, seq, heads at hand, dim]` in the order of the layout.
+            own: which heads these are.
 
         Raises:
             LocalAttentionError: the local attention returned something else.

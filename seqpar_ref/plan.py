@@ -85,7 +85,7 @@ class Plan:
         """Global positions of the tokens that the rank owns outside attention.
 
         Raises:
-        PlanError: there is no such `rank`.
+            PlanError: there is no such `rank`.
         """
         return self._run(rank, self.token_runs)
 
@@ -93,7 +93,7 @@ class Plan:
         """Query heads that the rank owns inside attention.
 
         Raises:
-        PlanError: there is no such `rank`.
+            PlanError: there is no such `rank`.
         """
         return self._run(rank, self.head_runs["query"])
 
@@ -101,7 +101,7 @@ class Plan:
         """Kv heads that the rank's query heads use; other ranks may hold copies of the same ones.
 
         Raises:
-        PlanError: there is no such `rank`.
+            PlanError: there is no such `rank`.
         """
         return self._run(rank, self.head_runs["kv"])
 

@@ -120,12 +120,12 @@ def wire_of(
     heads travel in chunks, in one chunk.
 
     Args:
-    wire: what the caller says; "auto" for the rule.
-    plan: who owns what.
-    batch: rows of the batch.
-    dims: elements of one vector of query, key and value.
-    dtype: what travels.
-    chunks: chunks of heads, 1 or more.
+        wire: what the caller says; "auto" for the rule.
+        plan: who owns what.
+        batch: rows of the batch.
+        dims: elements of one vector of query, key and value.
+        dtype: what travels.
+        chunks: chunks of heads, 1 or more.
 
     Raises:
         ArgumentError: no such wire.

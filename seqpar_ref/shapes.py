@@ -30,8 +30,8 @@ class Layout:
         """The shape of a tensor of these sizes in this layout.
 
         Args:
-        batch, tokens, heads: rows, tokens and heads of the tensor.
-        dim: elements of one vector.
+            batch, tokens, heads: rows, tokens and heads of the tensor.
+            dim: elements of one vector.
         """
         sizes = {self.batch: batch, self.sequence: tokens, self.heads: heads}
         return sizes[0], sizes[1], sizes[2], dim

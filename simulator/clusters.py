@@ -224,8 +224,8 @@ def cluster_of(cluster: str | Cluster, ranks: int) -> Cluster:
     """The cluster of that name, or the cluster itself.
 
     Args:
-    cluster: name of a preset, or a `Cluster`.
-    ranks: number of ranks that are to fit.
+        cluster: name of a preset, or a `Cluster`.
+        ranks: number of ranks that are to fit.
 
     Raises:
         ClusterError: there is no preset of that name, or it has fewer devices than there are ranks.

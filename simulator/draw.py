@@ -63,8 +63,8 @@ def draw_bytes(sent: np.ndarray | Sequence[Sequence[int]], title: str = "bytes s
     """Draw a ranks x ranks matrix of bytes: row = the rank that sends, column = the rank that receives.
 
     Args:
-    sent: bytes, [sender, receiver].
-    title: above the matrix.
+        sent: bytes, [sender, receiver].
+        title: above the matrix.
 
     Raises:
         DrawingError: the matrix is not square, or holds a negative number.
@@ -84,9 +84,9 @@ def draw_exchange(
     """Draw both in one picture: the layouts of :func:`draw_layouts` and the matrix of :func:`draw_bytes`.
 
     Args:
-    token_ranges, head_ranges: as for `draw_layouts`.
-    sent: bytes, [sender, receiver].
-    title: above the picture.
+        token_ranges, head_ranges: as for `draw_layouts`.
+        sent: bytes, [sender, receiver].
+        title: above the picture.
 
     Raises:
         DrawingError: see the two functions; also when ranges and matrix are for different numbers of ranks.

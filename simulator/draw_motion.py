@@ -89,9 +89,9 @@ def draw_blocks(
     """Draw one frame of `animate_exchange`.
 
     Args:
-    token_ranges, head_ranges: as for `animate_exchange`.
-    moved: the part of the way that each block has gone, from 0 to 1.
-    title: above the picture.
+        token_ranges, head_ranges: as for `animate_exchange`.
+        moved: the part of the way that each block has gone, from 0 to 1.
+        title: above the picture.
     """
     picture = Picture(columns=1)
     picture.set_layout_engine("none")

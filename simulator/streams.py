@@ -57,7 +57,7 @@ class Stream:
         """What comes next on this stream comes after all that `stream` has been given so far.
 
         Raises:
-        StreamError: used on another rank, in another run, or outside of a virtual rank.
+            StreamError: used on another rank, in another run, or outside of a virtual rank.
         """
         self.wait_event(stream.record_event())
 
@@ -65,7 +65,7 @@ class Stream:
         """What comes next on this stream comes after the event; an event never recorded is no wait, as on CUDA.
 
         Raises:
-        StreamError: used on another rank, in another run, or outside of a virtual rank.
+            StreamError: used on another rank, in another run, or outside of a virtual rank.
         """
         board = self._checked()
         if event._moment is not None:
@@ -81,7 +81,7 @@ class Stream:
         """The host waits: what comes next on any stream comes after all that this one has been given.
 
         Raises:
-        StreamError: used on another rank, in another run, or outside of a virtual rank.
+            StreamError: used on another rank, in another run, or outside of a virtual rank.
         """
         board = self._checked()
         board.host_waits(board.moment(self.stream_id))
@@ -90,7 +90,7 @@ class Stream:
         """True: all is done, and the host knows it.
 
         Raises:
-        StreamError: used on another rank, in another run, or outside of a virtual rank.
+            StreamError: used on another rank, in another run, or outside of a virtual rank.
         """
         self.synchronize()
         return True
@@ -136,7 +136,7 @@ class Event:
         """Stand behind all that the stream, else the current one, has been given so far.
 
         Raises:
-        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+            StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
         """
         stream = current_stream() if stream is None else stream
         board = stream._checked()
@@ -146,7 +146,7 @@ class Event:
         """The stream, else the current one, waits for this event.
 
         Raises:
-        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+            StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
         """
         (current_stream() if stream is None else stream).wait_event(self)
 
@@ -154,7 +154,7 @@ class Event:
         """The host waits for this event.
 
         Raises:
-        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+            StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
         """
         board = _board()
         if self._moment is not None:
@@ -164,7 +164,7 @@ class Event:
         """True: what stands before it is done, and the host knows it.
 
         Raises:
-        StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
+            StreamError: the event or the stream belongs to another rank or run, or this is no virtual rank.
         """
         self.synchronize()
         return True
@@ -173,7 +173,7 @@ class Event:
         """Refused: virtual streams keep an order, no time.
 
         Raises:
-        StreamError: always; it would be in milliseconds.
+            StreamError: always; it would be in milliseconds.
         """
         raise StreamError(
             "a virtual event has no time.\n  Pass cluster= to VirtualWorld and look at `world.trace`."
@@ -191,7 +191,7 @@ def current_stream(device: Any = None) -> Stream:
     """The stream that the rank's next operation goes to.
 
     Raises:
-    StreamError: called outside of a virtual rank.
+        StreamError: called outside of a virtual rank.
     """
     board = _board()
     return _stream_of(board, board.current)
@@ -201,7 +201,7 @@ def default_stream(device: Any = None) -> Stream:
     """The stream on which a rank begins.
 
     Raises:
-    StreamError: called outside of a virtual rank.
+        StreamError: called outside of a virtual rank.
     """
     return _stream_of(_board(), DEFAULT)
 
@@ -228,7 +228,7 @@ def synchronize(device: Any = None) -> None:
     """The host waits for all streams of the rank.
 
     Raises:
-    StreamError: called outside of a virtual rank.
+        StreamError: called outside of a virtual rank.
     """
     board = _board()
     for number in board.names:
