@@ -58,6 +58,8 @@ clean:
 .venv/installed-torch: constraints.txt
 	@test -n "$(PYTHON)" || { echo "seqpar needs Python 3.11 or newer with its venv module" \
 		"(Debian: apt install python3-venv). Name it with: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test ! -L .venv || { echo "the folder .venv is a link to $$(readlink .venv), and would be emptied there:" \
+		"remove the link, or keep it and run what is in $(BIN) without make"; exit 1; }
 	@echo "[1/3] making .venv with $(PYTHON)"
 	"$(PYTHON)" -m venv --clear .venv
 	@echo "[2/3] installing torch (the largest part: a minute or a few)"

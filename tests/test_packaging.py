@@ -145,6 +145,18 @@ def test_make_says_what_is_missing_where_there_is_no_python(checkout):
     assert "seqpar needs Python 3.11" in done.stdout
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_empties_no_environment_behind_a_link(checkout):
+    (checkout / "elsewhere").mkdir()
+    kept = checkout / "elsewhere" / "kept"
+    kept.touch()
+    (checkout / ".venv").symlink_to("elsewhere")
+    done = run("make", "test", f"PYTHON={sys.executable}", cwd=checkout)
+    assert done.returncode != 0
+    assert ".venv is a link to elsewhere" in done.stdout
+    assert kept.exists()
+
+
 def test_ci_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
