@@ -320,12 +320,12 @@ print(f"contiguous {contiguous:.1%}, zigzag {zigzag:.0%}")
 #
 # ## Beside published numbers
 #
-# **ring-flash-attention**, its README, Llama-3.1-8B's attention on 8 H800 and on 8 A100: the ring reaches 51.4 to
-# 53.9 % of the ideal speed, zigzag 81.7 to 90.2 %. The count above says 53.3 % and 100 % for 8 ranks: the mask
-# explains the ring's loss, and zigzag's has other reasons.
+# **ring-flash-attention**, [its README](https://github.com/zhuzilin/ring-flash-attention), Llama-3.1-8B's attention on
+# 8 H800 and on 8 A100: the ring reaches 51.4 to 53.9 % of the ideal speed, zigzag 81.7 to 90.2 %. The count above says
+# 53.3 % and 100 % for 8 ranks: the mask explains the ring's loss, and zigzag's has other reasons.
 #
-# **fast-ulysses**, its page on PyPI, 8 H200, 75,600 tokens, 40 heads of dim 128, bfloat16: one all-to-all sends
-# 84.7 MB from each rank, and NCCL takes about 0.417 ms for it (203 GB/s).
+# **fast-ulysses**, [its page on PyPI](https://pypi.org/project/fast-ulysses/), 8 H200, 75,600 tokens, 40 heads of dim
+# 128, bfloat16: one all-to-all sends 84.7 MB from each rank, and NCCL takes about 0.417 ms for it (203 GB/s).
 #
 # **Question.** A rank sends one of q, k and v in an all-to-all. Which three numbers give 84.7 MB?
 
@@ -337,9 +337,9 @@ print(megabytes[0], "MB,", f"{megabytes[0] / 203:.3f} ms at 203 GB/s")
 # %% [markdown]
 # 9,450 tokens of a rank, 35 heads of the other ranks, 256 bytes a vector.
 #
-# **prime-rl**, its pull request 2418, GLM-4.5-Air (96 query heads, 8 kv heads), 8 H200, 64k tokens: 84 thousand
-# tokens a second without sequence parallelism; with Ulysses on 2 and 4 ranks 77 and 85 thousand, with a ring 60 and
-# 57 thousand.
+# **prime-rl**, [its pull request 2418](https://github.com/PrimeIntellect-ai/prime-rl/pull/2418), GLM-4.5-Air (96 query
+# heads, 8 kv heads), 8 H200, 64k tokens: 84 thousand tokens a second without sequence parallelism; with Ulysses on 2
+# and 4 ranks 77 and 85 thousand, with a ring 60 and 57 thousand.
 #
 # **Question.** How many times the bytes of Ulysses does the ring send there?
 
@@ -351,10 +351,12 @@ for P in (2, 4):
 # %% [markdown]
 # Less than a third, and it was slower all the same. Bytes say what a network has to move, not how fast a step is.
 #
-# **DeepSpeed-Ulysses**, its blog: up to 2.5 times the throughput of Megatron-SP, and sequences 4 times as long. The
-# count says a $P$-th of the bytes; throughput has the computation in it, and length is a matter of memory. The same
-# goes for the longest sequences (3.7 million tokens on 8 GPUs in the ALST paper, 4 million in the FPDT blog): they
-# come from recomputation, offload and tiling beside the exchange.
+# **DeepSpeed-Ulysses**, [its blog](https://github.com/deepspeedai/DeepSpeed/tree/master/blogs/deepspeed-ulysses): up
+# to 2.5 times the throughput of Megatron-SP, and sequences 4 times as long. The count says a $P$-th of the bytes;
+# throughput has the computation in it, and length is a matter of memory. The same goes for the longest sequences (3.7
+# million tokens on 8 GPUs in [the ALST paper](https://arxiv.org/abs/2506.13996), 4 million and a model of 70B on 32 in
+# [the FPDT blog](https://github.com/deepspeedai/DeepSpeed/tree/master/blogs/ulysses-offload)): they come from
+# recomputation, offload and tiling beside the exchange.
 #
 # None of these was measured here; this project has had no GPU so far.
 #

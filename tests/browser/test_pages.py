@@ -87,13 +87,22 @@ def test_every_link_and_anchor_leads_somewhere(site: Path) -> None:
     assert checked > 500
 
 
-@pytest.mark.parametrize("root", ["http"], indirect=True)
+@pytest.mark.parametrize("root", ["http", "file"], indirect=True)
 def test_search_finds_a_term(open_page: Open) -> None:
     page = open_page("index.html", viewport=SIZES["desktop"])
     page.locator("input[name=query]").fill("zigzag")
     page.locator(".md-search-result__item").first.wait_for()
     found = page.locator(".md-search-result__item a").evaluate_all("links => links.map(link => link.href)")
     assert any("choose.html" in link for link in found)
+
+
+def test_the_switch_between_light_and_dark(open_page: Open) -> None:
+    page = open_page("index.html", viewport=SIZES["phone"], color_scheme="light")
+    for name, scheme in (("Dark", "slate"), ("Light", "default")):
+        page.get_by_title(name, exact=True).click()
+        page.wait_for_function(
+            "name => document.body.getAttribute('data-md-color-scheme') === name", arg=scheme
+        )
 
 
 def test_picture_and_commands_are_above_the_fold(open_page: Open) -> None:
