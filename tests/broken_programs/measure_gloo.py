@@ -44,7 +44,7 @@ def outcome(broken: Broken) -> str:
             error = re.sub(
                 r"\[/\S+\] ", "", errors[0]
             )  # the place in gloo's source, on the machine that built it
-            words += ("; another rank: " if hang else "") + error[:110].replace("|", "/").replace("`", "")
+            words += ("; another rank: " if hang else "") + error.partition(". ")[0][:110].replace("|", "/").replace("`", "")
         return words or f"fails: {lines[0][:110]}"
     return "right, by luck" if found == right else "wrong values, silently"
 
