@@ -41,10 +41,10 @@ def outcome(broken: Broken) -> str:
         hang = any(line.endswith(": not done") for line in lines)
         words = f"hangs (nothing after {SECONDS:.0f} s)" if hang else ""
         if errors:
-            error = re.sub(
-                r"\[/\S+\] ", "", errors[0]
-            )  # the place in gloo's source, on the machine that built it
-            words += ("; another rank: " if hang else "") + error.partition(". ")[0][:110].replace("|", "/").replace("`", "")
+            # without the place in gloo's source, on the machine that built it
+            error = re.sub(r"\[/\S+\] ", "", errors[0]).partition(". ")[0]
+            words += "; another rank: " if hang else ""
+            words += error[:110].replace("|", "/").replace("`", "")
         return words or f"fails: {lines[0][:110]}"
     return "right, by luck" if found == right else "wrong values, silently"
 
