@@ -151,9 +151,9 @@ def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
 
 
 def measure(
-    point: Point, against: list[str], compute: list[float], rounds: int, seconds: float
+    point: Point, kinds: list[str], against: list[str], compute: list[float], rounds: int, seconds: float
 ) -> dict[str, Times]:
-    """One rank's part: every kind of overlap against these kinds of computation."""
+    """One rank's part: these kinds of overlap against these kinds of computation."""
     alone = interleaved({"communication": collectives(point)}, max(3, rounds // 3), seconds)
     one = statistics.median(alone["communication"]) / 8
     sleeps: dict[str, float | None] = {}
@@ -164,10 +164,11 @@ def measure(
             sleeps[what] = None
     tables = {}
     for what, sleep in sleeps.items():
-        for kind, steps in (
-            ("projections", block_steps(point, sleep)),
-            ("chunks", attention_steps(point, None if sleep is None else 4 * sleep)),
-        ):
+        for kind in kinds:
+            if kind == "projections":
+                steps = block_steps(point, sleep)
+            else:
+                steps = attention_steps(point, None if sleep is None else 4 * sleep)
             everything = {"communication": collectives(point), **steps}
             tables[f"{kind}, {what}"] = interleaved(everything, rounds, seconds)
     return tables
@@ -209,6 +210,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["projections", "chunks"], default=["projections", "chunks"]
+    )
     parser.add_argument("--against", nargs="+", choices=["stand-in", "cpu"], default=["stand-in", "cpu"])
     parser.add_argument(
         "--compute", type=float, nargs="+", default=[1, 2], help="of the communication's time"
@@ -223,9 +227,8 @@ def main() -> None:
     results = []
     for ranks in options.ranks:
         point = Point(ranks, options.tokens, options.heads, heads=options.heads, dim=options.dim)
-        for title, times in on_gloo(
-            ranks, measure, point, options.against, options.compute, options.rounds, options.seconds
-        ).items():
+        settings = (options.kinds, options.against, options.compute, options.rounds, options.seconds)
+        for title, times in on_gloo(ranks, measure, point, *settings).items():
             table = show(title, times, point)
             results.append({"what": title, **asdict(point), "seconds": times, "table": table})
     if options.json:

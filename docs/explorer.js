@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 790ed8c02f2db5b04a8fd4aa41d51679aa57b2143cc16e90c13f1770a393ff03
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: dbfe04c9e5553e679f90523f5724f23663490806a56f6fdb665bcd69da265239
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -59,17 +59,17 @@ var seqparExplorer = (() => {
       },
       "in flight": {
         file: "seqpar_ref/flight.py",
-        function: "Flight._issue",
+        function: "Flight._send",
         lines: [
-          "work = self.group.all_to_all_single(target, sent, *splits, async_op or keeps)"
+          "work = self.group.all_to_all_single(parcel.received, parcel.sent, *parcel.splits, async_op)"
         ]
       },
       kept: {
         file: "seqpar_ref/flight.py",
-        function: "Flight._issue",
+        function: "_Parcel.keep",
         lines: [
-          "for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):",
-          "    piece.copy_(source)"
+          "for place, piece in zip(self.kept, self.held, strict=True):",
+          "    place.copy_(piece)"
         ]
       },
       arrived: {

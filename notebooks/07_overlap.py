@@ -162,9 +162,9 @@ print(forward, backward, sep="\n")
 # k behind that of v; v and the output have nothing: 2 of 4. In the backward pass only the gradient of v, which
 # comes first, has nothing: 3 of 4.
 #
-# There is a second way, which needs no projections. *Chunks* cut each rank's heads into C parts: all are started at
-# once, and while a rank attends with one, the next ones come and the ones before return. Only the first chunk's
-# coming and the last one's return have nothing behind them: (C - 1)/C of the communication can be hidden.
+# There is a second way, which needs no projections. *Chunks* cut each rank's heads into C parts: while a rank attends
+# with one, the next one comes and the one before returns. Only the first chunk's coming and the last one's return have
+# nothing behind them: (C - 1)/C of the communication can be hidden.
 
 # %%
 ways = {"none": ("none", 1), "projections": ("projections", 1)}
