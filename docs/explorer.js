@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 790ed8c02f2db5b04a8fd4aa41d51679aa57b2143cc16e90c13f1770a393ff03
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 84502bac789a5a4adcb1745175db3215e286336bb70b1451b3d285ce377f4125
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -51,8 +51,8 @@ var seqparExplorer = (() => {
         ]
       },
       "pack ragged": {
-        file: "seqpar_ref/wire.py",
-        function: "Cut.pack",
+        file: "seqpar_ref/ragged.py",
+        function: "RaggedRows.write",
         lines: [
           "write_rows(buffer.view(-1, self.row), self._written[stage], rows)"
         ]
@@ -97,8 +97,8 @@ var seqparExplorer = (() => {
         ]
       },
       "unpack ragged": {
-        file: "seqpar_ref/wire.py",
-        function: "Cut._read_rows",
+        file: "seqpar_ref/ragged.py",
+        function: "RaggedRows.read",
         lines: [
           "torch.index_select(rows, 0, positions, out=tensor.view(-1, self.row))"
         ]

@@ -290,7 +290,7 @@ def _chunk_runs(plan: Plan, chunks: int) -> dict[Heads, Runs]:
     own = np.clip(bounds * ratio, query.first[:, None], query.end[:, None])
 
     def runs(bounds: np.ndarray, heads: int) -> Runs:
-        return Runs(bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1), heads)
+        return Runs(bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1), heads, chunks)
 
     return {"query": runs(own, plan.heads), "kv": runs(bounds, plan.kv_heads)}
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .checks import no_type_check
 from .errors import ArgumentError
+from .parts import Part
 from .plan import Heads, Plan
 from .shapes import Layout
-from .wire import Cut, Part
+from .wire import Cut
 
 MOST_KEPT_RANKS = 256
 FUSED_UP_TO = 2**20
@@ -195,8 +196,8 @@ def _route(
 
     def cuts(kept: int | None) -> Route:
         return Route(
-            (Cut(layout.heads, tuple(by_heads), device, chunks, kept),),
-            tuple(Cut(layout.sequence, tuple(parts), device, kept=kept) for parts in by_tokens),
+            (Cut(layout.heads, tuple(by_heads), device, kept),),
+            tuple(Cut(layout.sequence, tuple(parts), device, kept) for parts in by_tokens),
         )
 
     route = cuts(None)
