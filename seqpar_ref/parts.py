@@ -28,13 +28,18 @@ class Part:
     window: tuple[int, int, int] | None = None
 
     @property
-    def travelling(self) -> list[int]:
-        """The shape of what travels, before it is cut."""
-        shape = list(self.shape)
+    def inside(self) -> tuple[slice, ...]:
+        """The indices of what travels, dim by dim."""
+        inside = [slice(0, size) for size in self.shape]
         if self.window is not None:
             dim, first, end = self.window
-            shape[dim] = end - first
-        return shape
+            inside[dim] = slice(first, end)
+        return tuple(inside)
+
+    @property
+    def travelling(self) -> list[int]:
+        """The shape of what travels, before it is cut."""
+        return [some.stop - some.start for some in self.inside]
 
     @property
     def once(self) -> bool:

@@ -94,7 +94,7 @@ class RaggedRows:
             positions = self._positions(part, part.runs, starts.T.reshape(-1))
             present = positions >= 0
             copies = np.zeros((*part.shape[:3], part.shape[3] // self.row), dtype=np.int64)
-            part.narrow(torch.from_numpy(copies)).numpy()[:] = present.sum(axis=-1)
+            copies[part.inside] = present.sum(axis=-1)
             bags = None
             if not (copies == 1).all():
                 bags = torch.from_numpy(np.cumsum(copies) - copies.reshape(-1)).to(self.device)
