@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .errors import ArgumentError, SeqparError
+from .standing import first_line
 from .torchrun import number_of
 
 ARRIVING = 0.9  # part of the timeout in which a rank has to come, so that all is said within the whole of it
@@ -59,7 +60,7 @@ def meet(timeout: float) -> Meeting:
             host, port, size, keeps_store, timedelta(seconds=left), wait_for_workers=False, multi_tenant=True
         )
     except (dist.DistError, ValueError) as error:
-        found = str(error).splitlines()[0]
+        found = first_line(error)
         if keeps_store:
             raise MissingRankError(
                 f"rank 0 cannot keep a store at port {port}: {found}.", "Set MASTER_PORT to a free port."

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import no_type_check
-from .errors import ArgumentError
+from .checks import check_choice, no_type_check
 from .parts import Part
 from .plan import Heads, Plan
 from .shapes import Layout
@@ -103,9 +102,7 @@ def check_wire(wire: Wire) -> Wire:
     Raises:
         ArgumentError: there is none.
     """
-    if not isinstance(wire, str) or wire not in get_args(Wire):
-        known = ", ".join(repr(known) for known in get_args(Wire))
-        raise ArgumentError(f"wire is {wire!r}.", f"Use one of {known}.")
+    check_choice("wire", wire, get_args(Wire))
     return wire
 
 
