@@ -8,8 +8,9 @@ output, and the gradients of the four. "The same step without communication" pac
 nothing. So what chunks cost beside (more packing, more calls) is not in "hidden": it is in the time of the step.
 Each kind of step runs twice over:
 
-- "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the communication:
-  attention takes as long as all four exchanges of a pass, each projection and each weight gradient as long as one.
+- "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the communication,
+  `--compute` times: attention takes as long as all four exchanges of a pass, each projection and each weight gradient
+  as long as one.
 - "cpu": matrix products and scaled_dot_product_attention on the same cores. gloo wants these cores as well.
 
 What can be hidden at most: behind projections 2 of 4 exchanges forward and 3 of 4 backward; in C chunks of heads
@@ -49,7 +50,6 @@ from seqpar_ref.local_attention import fused_attention
 CHUNKS = (2, 4, 8)
 SILENT = ", silent"  # behind the name of a step that sends nothing
 PROJECTIONS_BOUND = 5 / 8
-Sleeps = dict[str, float]
 
 
 class Sleep(torch.autograd.Function):
@@ -150,13 +150,20 @@ def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
     return steps
 
 
-def measure(point: Point, against: list[str], rounds: int, seconds: float) -> dict[str, Times]:
+def measure(
+    point: Point, against: list[str], compute: list[float], rounds: int, seconds: float
+) -> dict[str, Times]:
     """One rank's part: every kind of overlap against these kinds of computation."""
     alone = interleaved({"communication": collectives(point)}, max(3, rounds // 3), seconds)
     one = statistics.median(alone["communication"]) / 8
-    tables = {}
+    sleeps: dict[str, float | None] = {}
     for what in against:
-        sleep = one if what == "stand-in" else None
+        if what == "stand-in":
+            sleeps |= {f"stand-in x{factor:g}": factor * one for factor in compute}
+        else:
+            sleeps[what] = None
+    tables = {}
+    for what, sleep in sleeps.items():
         for kind, steps in (
             ("projections", block_steps(point, sleep)),
             ("chunks", attention_steps(point, None if sleep is None else 4 * sleep)),
@@ -203,6 +210,9 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--against", nargs="+", choices=["stand-in", "cpu"], default=["stand-in", "cpu"])
+    parser.add_argument(
+        "--compute", type=float, nargs="+", default=[1, 2], help="of the communication's time"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=64)
@@ -214,7 +224,7 @@ def main() -> None:
     for ranks in options.ranks:
         point = Point(ranks, options.tokens, options.heads, heads=options.heads, dim=options.dim)
         for title, times in on_gloo(
-            ranks, measure, point, options.against, options.rounds, options.seconds
+            ranks, measure, point, options.against, options.compute, options.rounds, options.seconds
         ).items():
             table = show(title, times, point)
             results.append({"what": title, **asdict(point), "seconds": times, "table": table})

@@ -76,7 +76,7 @@ def single_all_to_all(
             'Pass a dict as handle, and the name that its entries begin with as type, such as "dq".',
         )
     flight = Flight(member, route)
-    flight.issue(0, (flat.detach(),))
+    flight.leave((0,), (flat.detach(),))
     result = flat.new_empty(shape)
     _note(handle, type, Arrival(flight, result), result)
     return result

@@ -11,7 +11,9 @@ Every rank communicates, forward and backward, whatever it owns: an empty shard 
 Source: this package's own; what it has to get right is D2, D3, D4 and D20 in docs/defects.md (DeepSpeed #8342).
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -42,7 +44,8 @@ class Flight:
     """One exchange under way, made for one call: `start` it, do something else, `finish` it.
 
     An exchange has one stage. Where heads travel in chunks (`routes.py`), it has one for each chunk: they share
-    the tensors on the side of the sequence, and start or finish there together.
+    the tensors on the side of the sequence, and start or finish there together. Of stages that start together each
+    leaves when the one before it has come, to travel behind what is computed with that one.
 
     Args:
         routes: of tensors that start and finish together; each route has collectives of its own.
@@ -53,19 +56,22 @@ class Flight:
         self._tokens: dict[int, Tensor] = {}  # of stages that are started and not finished
         self._works: dict[tuple[Route, int], tuple[Work | None, Tensor]] = {}
         self._received: dict[Cut, Received] = {}
-        self._issued: set[int] = set()
+        self._started: set[int] = set()
+        self._to_leave: list[int] = []  # stages that are started and not issued
+        self._tensors: tuple[Tensor, ...] = ()  # what they share
         self._gradients: Flight | None = None
 
     @outside_graphs
     def start(self, *tensors: Tensor, stage: int = 0) -> None:
-        """Pack the tensors, and issue their collective. They have the shapes of the route, and must not be
-        written to before `finish`. `stage` counts from 0.
+        """Pack the tensors, and issue their collective; of stages that share them, the first one's.
+
+        They have the shapes of the route, and must not be written to before all is finished. `stage` counts from 0.
 
         Raises:
             OrderError: they were started before.
         """
         stages = self.routes[0].started_with(stage)
-        if not self._issued.isdisjoint(stages):
+        if not self._started.isdisjoint(stages):
             raise OrderError("an exchange is started a second time.", "Make a new one for each call.")
         token = _Start.apply(self, stages, *tensors)
         self._tokens.update(dict.fromkeys(stages, token))
@@ -79,7 +85,7 @@ class Flight:
         """
         stages = self.routes[0].finished_with(stage)
         if not self._tokens.keys() >= set(stages):
-            state = "finished already" if self._issued.issuperset(stages) else "not started yet"
+            state = "finished already" if self._started.issuperset(stages) else "not started yet"
             raise OrderError(
                 f"an exchange that is {state} is to be finished.",
                 "Start each exchange and finish it once, both inside of the same activation checkpoint.",
@@ -87,41 +93,70 @@ class Flight:
         result: tuple[Tensor, ...] = _Finish.apply(self, stages, *map(self._tokens.pop, stages))
         return result
 
-    def issue(self, stage: int, tensors: tuple[Tensor, ...], async_op: bool = True) -> None:
-        """`start` of one stage, without autograd. Each route's tensors are packed while those before travel.
+    def leave(self, stages: tuple[int, ...], tensors: tuple[Tensor, ...]) -> None:
+        """`start` of stages that share these tensors, without autograd. Tensors in the shapes of the routes."""
+        self._started.update(stages)
+        self._to_leave, self._tensors = [*stages], tensors
+        self._next_leaves()
 
-        Tensors have the shapes of the route. `stage` counts from 0.
+    def _next_leaves(self) -> None:
+        """Send a stage, if there is one to leave.
+
+        It is packed as a whole before any of it travels. It is going to travel behind a computation; before that,
+        packing and communication would want the same memory at the same time.
         """
-        for route in self.routes:
-            self._issue(route, stage, tensors[: route.tensors], async_op)
-            tensors = tensors[route.tensors :]
-        self._issued.add(stage)
+        if self._to_leave:
+            parcels = list(self._parcels(self._to_leave.pop(0), self._tensors))
+            for parcel in parcels:
+                parcel.keep()
+            for parcel in parcels:
+                self._send(parcel)
+        if not self._to_leave:
+            self._tensors = ()
 
-    def _issue(self, route: Route, stage: int, tensors: tuple[Tensor, ...], async_op: bool) -> None:
-        outgoing, place = route.outgoing_at(stage)
-        incoming, place_there = route.incoming_at(stage)
-        sent = outgoing.pack(tensors, place)
-        received = self._received.get(incoming)
-        if received is None:
-            received = self._received[incoming] = incoming.new_buffer(sent)
-        splits = incoming.splits[place_there], outgoing.splits[place]
-        keeps = outgoing.kept is not None
-        target = incoming.chunks_of(received, place_there)
-        work = self.group.all_to_all_single(target, sent, *splits, async_op or keeps)
-        if keeps:
-            own = incoming.own_pieces(received.tensors, place_there)
-            for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):
-                piece.copy_(source)
-        self._works[route, stage] = work, sent
+    def exchange(self, tensors: tuple[Tensor, ...], async_op: bool) -> tuple[Tensor, ...]:
+        """Start and finish in one, without autograd, in the shapes of the routes.
+
+        Nothing else hides this communication: each route's tensors are packed while those before travel.
+        """
+        for parcel in self._parcels(0, tensors):
+            self._send(parcel, async_op)
+            parcel.keep()
+        return self.wait((0,))
+
+    def _parcels(self, stage: int, tensors: tuple[Tensor, ...]) -> "Iterator[_Parcel]":
+        """Pack one stage, route by route."""
+        for route in self.routes:
+            own, tensors = tensors[: route.tensors], tensors[route.tensors :]
+            outgoing, place = route.outgoing_at(stage)
+            incoming, place_there = route.incoming_at(stage)
+            sent = outgoing.pack(own, place)
+            received = self._received.get(incoming)
+            if received is None:
+                received = self._received[incoming] = incoming.new_buffer(sent)
+            splits = incoming.splits[place_there], outgoing.splits[place]
+            kept: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()
+            if outgoing.kept is not None:
+                kept = incoming.own_pieces(received.tensors, place_there), outgoing.own_pieces(own, place)
+            yield _Parcel((route, stage), incoming.chunks_of(received, place_there), sent, splits, *kept)
+
+    def _send(self, parcel: "_Parcel", async_op: bool = True) -> None:
+        """Issue the collective. Where a rank keeps something, it goes on even if the caller would wait."""
+        async_op = async_op or bool(parcel.kept)
+        work = self.group.all_to_all_single(parcel.received, parcel.sent, *parcel.splits, async_op)
+        self._works[parcel.key] = work, parcel.sent
 
     def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
         """`finish` of stages that are unpacked together, without autograd. Tensors in the shapes of the routes."""
+        while not set(stages).isdisjoint(self._to_leave):
+            self._next_leaves()
+        for route, stage in itertools.product(self.routes, stages):
+            work, _ = self._works.pop((route, stage))
+            if work is not None:
+                work.wait()
+        self._next_leaves()
         results: list[Tensor] = []
         for route in self.routes:
-            for stage in stages:
-                work, _ = self._works.pop((route, stage))
-                if work is not None:
-                    work.wait()
             incoming, _ = route.incoming_at(stages[0])
             results += incoming.unpack(self._received.pop(incoming))
         return tuple(results)
@@ -133,14 +168,31 @@ class Flight:
             OrderError: no gradient was sent for these stages.
         """
         flight = self._gradients
-        if again and (flight is None or not flight._issued.isdisjoint(stages)):
+        if again and (flight is None or not flight._started.isdisjoint(stages)):
             flight = self._gradients = Flight(self.group, *[route.reverse() for route in self.routes])
-        if flight is None or not (again or flight._issued.issuperset(stages)):
+        if flight is None or not (again or flight._started.issuperset(stages)):
             raise OrderError(
                 "some chunks of an exchange got a gradient and others did not.",
                 "Let the loss depend on every chunk that was started.",
             )
         return flight
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """One stage of a route, packed: what is sent and received, and what is kept (`held`) in its place (`kept`)."""
+
+    key: tuple[Route, int]
+    received: Tensor
+    sent: Tensor
+    splits: tuple[list[int], list[int]]
+    kept: Sequence[Tensor] = ()
+    held: Sequence[Tensor] = ()
+
+    def keep(self) -> None:
+        """Copy what does not travel."""
+        for place, piece in zip(self.kept, self.held, strict=True):
+            place.copy_(piece)
 
 
 class _Start(torch.autograd.Function):
@@ -149,8 +201,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flight: Flight, stages: tuple[int, ...], *tensors: Tensor) -> Tensor:
         ctx.flight, ctx.stages = flight, stages
-        for stage in stages:
-            flight.issue(stage, tensors)
+        flight.leave(stages, tensors)
         return tensors[0].new_empty(0)
 
     @staticmethod
@@ -204,9 +255,7 @@ def _exchange(
     results: list[Tensor] = []
     for together in [routes] if async_op else [(route,) for route in routes]:
         count = sum(route.tensors for route in together)
-        flight = Flight(group, *together)
-        flight.issue(0, tensors[:count], async_op)
-        results += flight.wait((0,))
+        results += Flight(group, *together).exchange(tensors[:count], async_op)
         tensors = tensors[count:]
     return tuple(results)
 

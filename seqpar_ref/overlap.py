@@ -13,11 +13,11 @@ At most 2 of the 4 exchanges are hidden in the forward pass (q and k), and 3 of 
 behind the weight gradients of v and k, and the output's gradient behind that of the output projection
 (`late_weight.py`).
 
-(b) `in_chunks`: each rank's heads in C chunks. While it attends with one, the next ones come and the ones before
-return.
+(b) `in_chunks`: each rank's heads in C chunks. While it attends with one, the next one comes and the one before
+returns.
 
-    forward    start 0 1 2 | finish 0 | attention 0 | return 0 | finish 1 | attention 1 | return 1 | ... | finish all
-    backward   start 2 1 0 | finish 2 | attention 2 | return 2 | finish 1 | attention 1 | return 1 | ... | finish all
+    forward    start 0 | finish 0, start 1 | attention 0 | finish 1, start 2, return 0 | attention 1 | ... | finish all
+    backward   start 2 | finish 2, start 1 | attention 2 | finish 1, start 0, return 2 | attention 1 | ... | finish all
 
 All but the first chunk's coming and the last one's return can be hidden: (C-1)/C of the communication. The heads
 of a chunk are whole groups of query heads that share a kv head, so that no sum is cut in two: values and
@@ -111,9 +111,12 @@ def in_chunks(
     (back,) = routes_to_heads(plan, member.rank, layout, (returning,), query, chunks)
     coming, going = Flight(member, *there), Flight(member, back.reverse())
     coming.start(query, key, value)
+    own_query, own_key, own_value = coming.finish(0)
     for chunk, own in enumerate(own_heads(plan, member.rank, chunks)):
-        own_query, own_key, own_value = coming.finish(chunk)
-        going.start(attend(own_query, own_key, own_value, own), stage=chunk)
+        result = attend(own_query, own_key, own_value, own)
+        if chunk < chunks - 1:
+            own_query, own_key, own_value = coming.finish(chunk + 1)  # the one behind it leaves
+        going.start(result, stage=chunk)
     return Pending(going)
 
 

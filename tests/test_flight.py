@@ -298,6 +298,8 @@ def test_chunks_of_heads_equal_all_at_once(launch: Any, name: str, layout: str, 
 
 
 def test_stages_leave_and_arrive_in_order() -> None:
+    """Each leaves when the one before it has come."""
+
     def body() -> list[str]:
         plan, rank = make_plan(ranks=2, heads=6, tokens=4), dist.get_rank()
         x = tokens_of(addresses(plan, "query"), plan, rank, "b s h d").requires_grad_()
@@ -313,15 +315,31 @@ def test_stages_leave_and_arrive_in_order() -> None:
         back.finish()[0].sum().backward()
         return record.events
 
-    # 0 to 2 come, 3 to 5 return; of the gradients 6 to 8 come, the last stage first, and 9 to 11 return
-    forward = ["issue 0", "issue 1", "issue 2"]
-    for stage in range(3):
-        forward += [f"wait {stage}", f"compute {stage}", f"issue {3 + stage}"]
-    forward += ["wait 3", "wait 4", "wait 5"]
-    backward = ["issue 6", "issue 7", "issue 8"]
-    for stage in range(3):
-        backward += [f"wait {6 + stage}", f"issue {9 + stage}"]
-    backward += ["wait 11", "wait 10", "wait 9"]
+    # 0, 1, 3 come, 2, 4, 5 return; of the gradients 6, 7, 9 come, the last stage first, and 8, 10, 11 return
+    forward = [
+        "issue 0",
+        "wait 0",
+        "issue 1",
+        "compute 0",
+        "issue 2",
+        "wait 1",
+        "issue 3",
+        "compute 1",
+        "issue 4",
+    ]
+    forward += ["wait 3", "compute 2", "issue 5", "wait 2", "wait 4", "wait 5"]
+    backward = [
+        "issue 6",
+        "wait 6",
+        "issue 7",
+        "issue 8",
+        "wait 7",
+        "issue 9",
+        "issue 10",
+        "wait 9",
+        "issue 11",
+    ]
+    backward += ["wait 11", "wait 10", "wait 8"]
     assert on_virtual(body, 2) == [forward + backward] * 2
 
 

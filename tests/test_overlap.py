@@ -222,12 +222,12 @@ def test_the_order_of_projections() -> None:
 
 
 def test_the_order_of_chunks() -> None:
-    """A chunk is attended with while the next ones travel and the ones before return."""
-    projected = ["project query", "project key", "project value"]
-    forward = [*projected, "issue 0", "issue 1", "wait 0", "attention", "issue 2", "wait 1", "attention"]
-    forward += ["issue 3", "wait 2", "wait 3"]
-    backward = ["issue 4", "issue 5", "dW output", "wait 4", "attention", "issue 6", "wait 5", "attention"]
-    backward += ["issue 7", "wait 7", "wait 6", "dW value", "dW key", "dW query"]
+    """A chunk is attended with while the next one travels and the one before returns."""
+    forward = ["project query", "project key", "project value", "issue 0", "wait 0", "issue 1", "attention"]
+    forward += ["wait 1", "issue 2", "attention", "issue 3", "wait 2", "wait 3"]
+    backward = ["issue 4", "dW output", "wait 4", "issue 5", "attention"]
+    backward += ["wait 5", "issue 6", "attention", "issue 7", "wait 7", "wait 6"]
+    backward += ["dW value", "dW key", "dW query"]
     found = on_virtual(events_of, 4, Setting(PLANS["even"]), "chunks", 2)
     assert found == [(forward, backward)] * 4
     assert on_gloo(events_of, 4, Setting(PLANS["even"]), "chunks", 2)[0] == (forward, backward)
