@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 84502bac789a5a4adcb1745175db3215e286336bb70b1451b3d285ce377f4125
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 63dd3f22608d472df2e4da5a2f4739dd2d2be3bfd57a1281f07afcd6df2abcf4
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -59,17 +59,17 @@ var seqparExplorer = (() => {
       },
       "in flight": {
         file: "seqpar_ref/flight.py",
-        function: "Flight._issue",
+        function: "Flight._send",
         lines: [
-          "work = self.group.all_to_all_single(target, sent, *splits, async_op or keeps)"
+          "work = self.group.all_to_all_single(parcel.received, parcel.sent, *parcel.splits, async_op)"
         ]
       },
       kept: {
         file: "seqpar_ref/flight.py",
-        function: "Flight._issue",
+        function: "_Parcel.keep",
         lines: [
-          "for piece, source in zip(own, outgoing.own_pieces(tensors, place), strict=True):",
-          "    piece.copy_(source)"
+          "for place, piece in zip(self.kept, self.held, strict=True):",
+          "    place.copy_(piece)"
         ]
       },
       arrived: {
