@@ -3,8 +3,9 @@
 A row is the vector of one token and one head; where the head dims of the tensors differ, their greatest common
 divisor. A row that several ranks get has a copy for each of them.
 
-The piece of one rank holds the rank's run along the dim that is cut, in the dim order of the tensor. So, with
-`before` rows in the dims before that one and `behind` in those after it, the row (b, i, a) stands at
+The piece of one rank holds the rank's run along the dim that is cut, in the dim order of the tensor. Let b count
+through the dims before that one, i along it, and a through the `behind` rows of those after it. The row (b, i, a)
+stands at
 
     start of the piece + (b * length of the run + i - first index of the run) * behind + a
 
@@ -79,7 +80,8 @@ class RaggedRows:
                 runs = part.runs.by_stage[stage]
                 table = torch.from_numpy(self._positions(part, runs, starts - begin)).to(self.device)
                 pieces = self._in_stretches(runs, table)
-                tables += [p[..., :copies] for p, (_, _, copies) in zip(pieces, runs.stretches, strict=True)]
+                for piece, (_, _, copies) in zip(pieces, runs.stretches, strict=True):
+                    tables.append(piece[..., :copies])
             written.append(tables)
         return written
 
