@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: dbfe04c9e5553e679f90523f5724f23663490806a56f6fdb665bcd69da265239
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 63dd3f22608d472df2e4da5a2f4739dd2d2be3bfd57a1281f07afcd6df2abcf4
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -51,8 +51,8 @@ var seqparExplorer = (() => {
         ]
       },
       "pack ragged": {
-        file: "seqpar_ref/wire.py",
-        function: "Cut.pack",
+        file: "seqpar_ref/ragged.py",
+        function: "RaggedRows.write",
         lines: [
           "write_rows(buffer.view(-1, self.row), self._written[stage], rows)"
         ]
@@ -97,8 +97,8 @@ var seqparExplorer = (() => {
         ]
       },
       "unpack ragged": {
-        file: "seqpar_ref/wire.py",
-        function: "Cut._read_rows",
+        file: "seqpar_ref/ragged.py",
+        function: "RaggedRows.read",
         lines: [
           "torch.index_select(rows, 0, positions, out=tensor.view(-1, self.row))"
         ]

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from .checks import DTYPES
 from .errors import RankMismatchError
 from .group import Group
 from .plan import Plan, make_plan
-from .shapes import LAYOUTS
+from .shapes import LAYOUTS, Layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,23 @@ class Record:
     dtype: int
     layout: int
     requires_grad: int
+
+    @classmethod
+    def of(
+        cls, query: Tensor, layout: Layout, kv_heads: int, value_dim: int, requires_grad: bool
+    ) -> "Record":
+        """The record of a rank whose query is `[batch, seq_local, heads, dim]` in the order of `layout`."""
+        return cls(
+            tokens=query.shape[layout.sequence],
+            query_heads=query.shape[layout.heads],
+            kv_heads=kv_heads,
+            head_dim=query.shape[3],
+            value_dim=value_dim,
+            batch=query.shape[layout.batch],
+            dtype=DTYPES.index(query.dtype),
+            layout=list(LAYOUTS).index(layout.name),
+            requires_grad=int(requires_grad),
+        )
 
 
 def agree(group: Group, record: Record, device: torch.device) -> Plan:

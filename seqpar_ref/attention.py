@@ -9,7 +9,7 @@ Heads, kv heads and tokens need not divide by the ranks.
 Source: DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .agreement import Record, agree
-from .checks import DTYPES, check_tensor, no_type_check
+from .checks import check_tensor, needs_gradient, no_type_check
 from .errors import ArgumentError, ShapeError, UnsupportedError
 from .exchange import check_qkv, heads_to_sequence, qkv_to_heads
 from .flight import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
 from .local_attention import fused_attention, fused_options
 from .own_heads import OwnAttention, own_heads
-from .plan import Plan
+from .plan import Plan, check_plan
 from .routes import Wire, check_wire
 from .shapes import LAYOUTS, Layout, layout_of
 
@@ -83,9 +83,8 @@ class DistributedAttention(nn.Module):
         if local_attention is not None and not callable(local_attention):
             kind = type(local_attention).__name__
             raise ArgumentError(f"local_attention is a {kind}.", "Pass a callable, or None for the default.")
-        if plan is not None and not isinstance(plan, Plan):
-            kind = type(plan).__name__
-            raise ArgumentError(f"plan is a {kind}.", "Pass what seqpar_ref.make_plan returns, or None.")
+        if plan is not None:
+            check_plan(plan)
         check_kind(group)
         self.layout = layout_of(layout).name
         self.local_attention = local_attention
@@ -124,7 +123,9 @@ class DistributedAttention(nn.Module):
         query, key, value = _autocast(query, key, value)
         attend = self.own_attention(query, args, kwargs)
         if self.plan is None:
-            plan = agree(group, _record(query, key, value, layout, attend.others), query.device)
+            gradient = needs_gradient(query, key, value, *attend.others)
+            record = Record.of(query, layout, key.shape[layout.heads], value.shape[3], gradient)
+            plan = agree(group, record, query.device)
         else:
             plan = self.plan
             check_size(group, plan.ranks)
@@ -234,20 +235,3 @@ def _options(query: Tensor, layout: Layout, args: Any, kwargs: Any) -> dict[str,
             f"the default local attention {message}.",
             "It takes attn_mask, dropout_p, is_causal, scale and enable_gqa.",
         ) from None
-
-
-def _record(query: Tensor, key: Tensor, value: Tensor, layout: Layout, others: Sequence[Tensor]) -> Record:
-    gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (query, key, value, *others)
-    )
-    return Record(
-        tokens=query.shape[layout.sequence],
-        query_heads=query.shape[layout.heads],
-        kv_heads=key.shape[layout.heads],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-        batch=query.shape[layout.batch],
-        dtype=DTYPES.index(query.dtype),
-        layout=list(LAYOUTS).index(layout.name),
-        requires_grad=int(gradient),
-    )

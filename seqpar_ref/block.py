@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .agreement import Record, agree
 from .attention import DistributedAttention
-from .checks import DTYPES, integers, no_type_check
-from .errors import ArgumentError, PlanError, ShapeError, TensorError
+from .checks import DTYPES, check_choice, integers, needs_gradient, no_type_check
+from .errors import PlanError, ShapeError, TensorError
 from .flight import outside_graphs
 from .group import GroupLike, check_size, group_of
 from .late_weight import LateLinear
@@ -87,9 +87,7 @@ class UlyssesBlock(nn.Module):
             )
         (head_dim,) = integers("head_dim", (width // max(heads, 1) if head_dim is None else head_dim,))
         Plan((0,), (heads,), kv_heads)  # refuses heads that do not belong together
-        if not isinstance(overlap, str) or overlap not in get_args(Overlap):
-            known = ", ".join(repr(known) for known in get_args(Overlap))
-            raise ArgumentError(f"overlap is {overlap!r}.", f"Use one of {known}.")
+        check_choice("overlap", overlap, get_args(Overlap))
         self.attention = DistributedAttention(local_attention, group, layout=layout, plan=plan)
         if plan is not None and (plan.heads, plan.kv_heads) != (heads, kv_heads):
             raise PlanError(
@@ -128,7 +126,8 @@ class UlyssesBlock(nn.Module):
         attend = self.attention.own_attention(query, args, kwargs)
         plan = self.attention.plan
         if plan is None:
-            plan = agree(group, self._record(x, query), x.device)
+            layout, gradient = LAYOUTS[self.attention.layout], needs_gradient(x, *self.parameters())
+            plan = agree(group, Record.of(query, layout, self.kv_heads, self.head_dim, gradient), x.device)
         check_size(group, plan.ranks)
         attend.check(plan)
         self._check_tokens(query, plan.tokens_by_rank[group.rank], group.rank)
@@ -169,23 +168,6 @@ class UlyssesBlock(nn.Module):
         """Weight and bias of the output projection, under autocast in the dtype of what comes."""
         weight, bias = self.output.weight, self.output.bias
         return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    def _record(self, x: Tensor, query: Tensor) -> Record:
-        layout = LAYOUTS[self.attention.layout]
-        gradient = torch.is_grad_enabled() and (
-            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        )
-        return Record(
-            tokens=query.shape[layout.sequence],
-            query_heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.head_dim,
-            batch=query.shape[layout.batch],
-            dtype=DTYPES.index(query.dtype),
-            layout=list(LAYOUTS).index(layout.name),
-            requires_grad=int(gradient),
-        )
 
     @no_type_check
     def _check(self, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import PlanError, ShapeError, TensorError
+from .errors import ArgumentError, PlanError, ShapeError, TensorError
 from .shapes import Layout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +44,23 @@ def is_finite(value: object) -> bool:
 def is_dense(tensor: Tensor) -> bool:
     """Whether its elements are in one strided piece of memory: neither sparse nor nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed from them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+@no_type_check
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ArgumentError: with the choices.
+    """
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ArgumentError(f"{name} is {value!r}.", f"Use one of {known}.")
 
 
 @no_type_check

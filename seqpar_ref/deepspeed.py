@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import DistributedAttention as CoreAttention
-from .checks import is_integer, no_type_check
+from .checks import is_integer, needs_gradient, no_type_check
 from .deepspeed_exchanges import (
     WithGradient,
     _DimZeroAllToAll,
@@ -35,7 +35,7 @@ from .exchange import heads_to_sequence, qkv_to_heads, start_sequence_to_heads
 from .flight import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, group_of
 from .own_heads import OwnAttention, own_heads
-from .plan import Plan
+from .plan import Plan, check_plan
 from .shapes import LAYOUTS, Layout
 
 __all__ = [
@@ -98,9 +98,8 @@ class DistributedAttention(nn.Module):
         if not callable(local_attention):
             kind = type(local_attention).__name__
             raise ArgumentError(f"local_attention is a {kind}.", "Pass a module, or any other callable.")
-        if plan is not None and not isinstance(plan, Plan):
-            kind = type(plan).__name__
-            raise ArgumentError(f"plan is a {kind}.", "Pass what seqpar_ref.make_plan returns, or None.")
+        if plan is not None:
+            check_plan(plan)
         if sp_stream is not None and not hasattr(sp_stream, "wait_stream"):
             kind = type(sp_stream).__name__
             raise ArgumentError(f"sp_stream is a {kind}.", "Pass a torch.Stream, or None.")
@@ -160,9 +159,7 @@ class DistributedAttention(nn.Module):
         group = group_of(self.spg)
         core = CoreAttention(self.local_attn, group, layout=layout.name)
         attend = core.own_attention(query, args, kwargs)
-        gradient = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, key, value, *attend.others)
-        )
+        gradient = needs_gradient(query, key, value, *attend.others)
         plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, gradient)
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .agreement import gather
-from .checks import is_dense, is_integer, no_type_check
+from .checks import is_dense, is_integer, needs_gradient, no_type_check
 from .device import wait_for_stream
 from .errors import ArgumentError, ShapeError, TensorError
 from .flight import Exchange, Flight, outside_graphs
@@ -284,7 +284,7 @@ def _prepared(
         "head_dim": behind,
         "bytes_an_element": input.element_size(),
         "tensor's_dims": input.ndim,
-        "requires_grad": int(torch.is_grad_enabled() and input.requires_grad),
+        "requires_grad": int(needs_gradient(input)),
     }
     sizes = gather(member, record, ("size_to_gather",), input.device)["size_to_gather"]
     plan = Plan(sizes, divide(input.shape[scattered], member.size), input.shape[scattered])

@@ -5,17 +5,17 @@ In the original the number of heads is a global that the first call sets (D6), a
 Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0, and D6, D7, D14 in docs/defects.md.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 from torch import Tensor
 
-from .agreement import gather
+from .agreement import Record, gather
 from .checks import DTYPES, check_tensor, no_type_check
 from .errors import ShapeError, TensorError
 from .group import TorchGroup, check_size
 from .plan import Plan, make_plan
-from .shapes import LAYOUTS, Layout
+from .shapes import Layout
 
 
 @no_type_check
@@ -76,27 +76,20 @@ def plans_of(
         GroupError, ShapeError: the plan is for another number of ranks, or for other sizes.
         PlanError: more tokens and heads than can be counted.
     """
-    record = {
-        "tokens": query.shape[layout.sequence],
-        "kv_tokens": key.shape[layout.sequence],
-        "query_heads": query.shape[layout.heads],
-        "kv_heads": key.shape[layout.heads],
-        "head_dim": query.shape[3],
-        "value_dim": value.shape[3],
-        "batch": query.shape[layout.batch],
-        "dtype": DTYPES.index(query.dtype),
-        "key_dtype": DTYPES.index(key.dtype),
-        "value_dtype": DTYPES.index(value.dtype),
-        "layout": list(LAYOUTS).index(layout.name),
-        "requires_grad": int(requires_grad),
-    }
+    own = Record.of(query, layout, key.shape[layout.heads], value.shape[3], requires_grad)
+    kv_tokens = key.shape[layout.sequence]
     if plan is None:
+        record = asdict(own) | {
+            "kv_tokens": kv_tokens,
+            "key_dtype": DTYPES.index(key.dtype),
+            "value_dtype": DTYPES.index(value.dtype),
+        }
         sizes = gather(group, record, ("tokens", "kv_tokens"), query.device)
-        return _plans(record["query_heads"], record["kv_heads"], sizes["tokens"], sizes["kv_tokens"])
+        return _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
     check_size(group, plan.ranks)
     tokens = len(plan.tokens_of(group.rank))
     planned = (tokens, tokens, plan.heads, plan.kv_heads)
-    found = tuple(record.values())[:4]
+    found = (own.tokens, kv_tokens, own.query_heads, own.kv_heads)
     if found != planned:
         raise ShapeError(
             f"rank {group.rank} has {found[0]} tokens of the query, {found[1]} of the key, {found[2]} query heads "

@@ -4,7 +4,6 @@ Each rank holds a part of the tokens and runs the whole model on it; only the at
 logits are compared with those of one device, and the bytes that each rank sent with those that the plan says.
 """
 
-import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +25,7 @@ from .demo_models import LanguageModel, read_smollm2, read_tiny, smollm2_file
 from .errors import ArgumentError, SeqparError
 from .plan import Plan, make_plan
 from .progress import Steps
-from .torchrun import started_processes
+from .torchrun import check_ranks
 
 POSITIONS = 8192  # that SmolLM2 was trained for; the tiny model keeps to them as well
 CHUNK = 512  # tokens whose logits are compared at a time: 100 MB of SmolLM2's
@@ -68,12 +67,11 @@ def check_options(options: Options) -> None:
             that cannot be made or written to.
         MissingPackageError: SmolLM2 is asked for and not installed.
     """
-    if options.ranks < 1:
-        raise ArgumentError(f"--ranks {options.ranks} is no number of ranks.", "Use at least 1, such as 4.")
     if options.backend not in ("virtual", "gloo", "nccl"):
         raise ArgumentError(f"--backend {options.backend} does not exist.", "Use virtual, gloo or nccl.")
     if options.model not in ("smollm2", "tiny"):
         raise ArgumentError(f"--model {options.model} does not exist.", "Use smollm2 or tiny.")
+    check_ranks(options.ranks, options.backend)
     if not options.ranks <= options.tokens <= POSITIONS:
         raise ArgumentError(
             f"--tokens {options.tokens} cannot be read on {options.ranks} ranks.",
@@ -81,11 +79,6 @@ def check_options(options: Options) -> None:
         )
     if options.text is not None and not options.text.is_file():
         raise ArgumentError(f"--text {options.text} is no file.", "Name a text file, or leave it out.")
-    if options.backend == "virtual" and started_processes(otherwise=1) > 1:
-        raise ArgumentError(
-            f"{os.environ['WORLD_SIZE']} processes were started (by torchrun) and --backend is virtual.",
-            "Use --backend gloo, or run the command without torchrun.",
-        )
     if options.model == "smollm2":
         smollm2_file()
     _make_folder(options.out)

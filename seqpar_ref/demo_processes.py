@@ -24,18 +24,18 @@ from .demo import (
     report,
 )
 from .demo_models import LanguageModel, SmolLM2, Tiny
-from .device import device_of_backend, local_rank
-from .errors import ArgumentError, SeqparError
+from .device import device_of_backend
+from .errors import SeqparError
 from .progress import Steps
 from .sent import BytesSent
-from .torchrun import run_under_torchrun, started_processes
+from .torchrun import is_started, local_rank, run_under_torchrun
 
 TIMEOUT = timedelta(minutes=10)
 
 
 def run(options: Options, console: Console) -> int:
     """One rank's part where torchrun started this process; else start torchrun. Returns the exit code."""
-    if "RANK" not in os.environ:
+    if not is_started():
         device_of_backend(options.backend, 0, options.ranks)
         return _launch(options)
     _run_rank(options, console)
@@ -55,15 +55,9 @@ def _run_rank(options: Options, console: Console) -> None:
     """This process's part of the demo, as one rank under torchrun. Rank 0 prints and draws.
 
     Raises:
-        ArgumentError: --ranks is not the number of processes; whatever rank 0 refuses, on all ranks.
+        ArgumentError: whatever rank 0 refuses, on all ranks.
         DemoFailedError: on rank 0, see `demo.report`.
     """
-    processes = started_processes(otherwise=1)
-    if options.ranks != processes:
-        raise ArgumentError(
-            f"--ranks is {options.ranks} and torchrun started {processes} processes.",
-            f"Use torchrun --nproc-per-node {options.ranks}, or --ranks {processes}.",
-        )
     device = device_of_backend(options.backend, *local_rank())
     dist.init_process_group(options.backend, timeout=TIMEOUT)
     try:

@@ -7,7 +7,6 @@ Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
 Source: docs.pytorch.org/docs/stable/accelerator.html, and D5 and D19 in docs/defects.md.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -77,8 +76,3 @@ def device_of_backend(backend: str, local_rank: int, local_ranks: int) -> torch.
         )
     torch.accelerator.set_device_index(local_rank)
     return torch.device(kind.type, local_rank)
-
-
-def local_rank() -> tuple[int, int]:
-    """This rank among the ranks of its machine, and how many they are, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import check_tensor, no_type_check
-from .errors import ArgumentError, ShapeError, TensorError
+from .checks import check_choice, check_tensor, no_type_check
+from .errors import ShapeError, TensorError
 from .flight import Exchange, Flight, outside_graphs
 from .group import Group, GroupLike, check_size, group_of
-from .plan import Heads, Plan
+from .plan import Heads, Plan, check_plan
 from .routes import Load, Route, Wire, routes_to_heads, wire_of
 from .shapes import Layout, layout_of
 
@@ -295,10 +295,8 @@ def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:
 @no_type_check
 def _check(plan: Plan, group: GroupLike, layout: str, heads: Heads) -> tuple[Heads, Group, Layout]:
     """What every exchange checks first."""
-    if not isinstance(plan, Plan):
-        raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
-    if not isinstance(heads, str) or heads not in ("query", "kv"):
-        raise ArgumentError(f"heads is {heads!r}.", 'Use "query" or "kv".')
+    check_plan(plan)
+    check_choice("heads", heads, ("query", "kv"))
     order = layout_of(layout)
     member = group_of(group)
     check_size(member, plan.ranks)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import no_type_check
+from .checks import needs_gradient, no_type_check
 from .errors import LocalAttentionError
 from .local_attention import check_mask, mask_of_heads
 from .plan import Plan
@@ -167,7 +167,7 @@ def _connected(result: Tensor, *others: Tensor) -> Tensor:
     returned something detached, they get a gradient all the same.
     """
     for other in others:
-        if torch.is_grad_enabled() and other.requires_grad:
+        if needs_gradient(other):
             result = result + other.flatten()[:0].sum().to(result.dtype)
     return result
 

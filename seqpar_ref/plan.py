@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .checks import integers, is_integer, no_type_check
-from .errors import PlanError
+from .errors import ArgumentError, PlanError
 from .runs import Runs
 
 Policy = Literal["auto", "balanced", "groups"]
@@ -290,9 +290,20 @@ def _chunk_runs(plan: Plan, chunks: int) -> dict[Heads, Runs]:
     own = np.clip(bounds * ratio, query.first[:, None], query.end[:, None])
 
     def runs(bounds: np.ndarray, heads: int) -> Runs:
-        return Runs(bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1), heads)
+        return Runs(bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1), heads, chunks)
 
     return {"query": runs(own, plan.heads), "kv": runs(bounds, plan.kv_heads)}
+
+
+@no_type_check
+def check_plan(plan: Plan) -> None:
+    """Refuse what is no plan.
+
+    Raises:
+        ArgumentError: with what it is.
+    """
+    if not isinstance(plan, Plan):
+        raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
 
 
 def divide(count: int, ranks: int) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .errors import ArgumentError, SeqparError
+from .standing import first_line
+from .torchrun import number_of
 
 ARRIVING = 0.9  # part of the timeout in which a rank has to come, so that all is said within the whole of it
 
@@ -40,7 +42,7 @@ def meet(timeout: float) -> Meeting:
         ArgumentError: an environment variable is missing or is no number.
         MissingRankError: nobody keeps the store there, or the port is not free to keep it.
     """
-    rank, size, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, size, port = (number_of(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if not 0 <= rank < size:
         raise ArgumentError(f"RANK is {rank} and WORLD_SIZE {size}.", f"Give RANK 0 to {max(0, size - 1)}.")
     host = os.environ.get("MASTER_ADDR")
@@ -58,7 +60,7 @@ def meet(timeout: float) -> Meeting:
             host, port, size, keeps_store, timedelta(seconds=left), wait_for_workers=False, multi_tenant=True
         )
     except (dist.DistError, ValueError) as error:
-        found = str(error).splitlines()[0]
+        found = first_line(error)
         if keeps_store:
             raise MissingRankError(
                 f"rank 0 cannot keep a store at port {port}: {found}.", "Set MASTER_PORT to a free port."
@@ -66,15 +68,6 @@ def meet(timeout: float) -> Meeting:
         raise MissingRankError(f"{keeper} keeps no store: {found}.", "Look at what it printed.") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Meeting(dist.PrefixStore(f"seqpar/{attempt}", store), rank, size, keeper, keeps_store)
-
-
-def _integer(name: str) -> int:
-    found = os.environ.get(name, "")
-    if not found.isdecimal():
-        raise ArgumentError(
-            f"{name} is {found!r} in the environment.", "Give it a number, or use torchrun, which sets it."
-        )
-    return int(found)
 
 
 def _wait_until_someone_listens(host: str, port: int, keeper: str, timeout: float) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .checks import check_tensor, is_dense, is_finite, is_integer, no_type_check
 from .errors import ArgumentError, RotaryError
-from .plan import Plan
+from .plan import Plan, check_plan
 from .shapes import Layout, layout_of
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -108,8 +108,7 @@ def position_ids_of(plan: Plan, rank: int, device: torch.device | None = None) -
         ArgumentError: not a plan, or no device of this machine.
         PlanError: no such rank in it.
     """
-    if not isinstance(plan, Plan):
-        raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
+    check_plan(plan)
     tokens = plan.tokens_of(rank)
     try:
         return torch.arange(tokens.start, tokens.stop, device=device)

@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import no_type_check
-from .errors import ArgumentError
+from .checks import check_choice, no_type_check
+from .parts import Part
 from .plan import Heads, Plan
 from .shapes import Layout
-from .wire import Cut, Part
+from .wire import Cut
 
 MOST_KEPT_RANKS = 256
 FUSED_UP_TO = 2**20
@@ -102,9 +102,7 @@ def check_wire(wire: Wire) -> Wire:
     Raises:
         ArgumentError: there is none.
     """
-    if not isinstance(wire, str) or wire not in get_args(Wire):
-        known = ", ".join(repr(known) for known in get_args(Wire))
-        raise ArgumentError(f"wire is {wire!r}.", f"Use one of {known}.")
+    check_choice("wire", wire, get_args(Wire))
     return wire
 
 
@@ -195,8 +193,8 @@ def _route(
 
     def cuts(kept: int | None) -> Route:
         return Route(
-            (Cut(layout.heads, tuple(by_heads), device, chunks, kept),),
-            tuple(Cut(layout.sequence, tuple(parts), device, kept=kept) for parts in by_tokens),
+            (Cut(layout.heads, tuple(by_heads), device, kept),),
+            tuple(Cut(layout.sequence, tuple(parts), device, kept) for parts in by_tokens),
         )
 
     route = cuts(None)

@@ -12,13 +12,14 @@ class Runs:
     """First index and end of every rank's run, of `length` indices in all. Runs may overlap; all arrays are
     int64.
 
-    Where every rank's run is cut into parts, rank 0's parts come first, then rank 1's. A plan keeps its runs,
-    so what is derived here is worked out once for all ranks.
+    Where every rank's run is cut into parts, one for each of several stages, rank 0's parts come first, then
+    rank 1's. A plan keeps its runs, so what is derived here is worked out once for all ranks.
     """
 
     first: np.ndarray
     end: np.ndarray
     length: int
+    stages: int = 1
 
     @classmethod
     def of(cls, counts: tuple[int, ...]) -> "Runs":
@@ -47,11 +48,13 @@ class Runs:
             return None
         return int(steps[0]) if len(steps) else self.length
 
-    def every(self, parts: int) -> "list[Runs]":
-        """Of runs that are cut into `parts`: all ranks' first parts, all ranks' second parts, ..."""
-        if parts == 1:
+    @cached_property
+    def by_stage(self) -> "list[Runs]":
+        """All ranks' parts for the first stage, all ranks' parts for the second, ..."""
+        if self.stages == 1:
             return [self]
-        return [Runs(self.first[i::parts], self.end[i::parts], self.length) for i in range(parts)]
+        parts = [slice(stage, None, self.stages) for stage in range(self.stages)]
+        return [Runs(self.first[part], self.end[part], self.length) for part in parts]
 
     @cached_property
     def stretches(self) -> list[tuple[int, int, int]]:

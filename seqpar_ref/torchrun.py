@@ -1,4 +1,7 @@
-"""Processes of a command that runs on several: how many were started, or starting them through torchrun."""
+"""The processes of a command that runs on several: what their environment says of them, and starting them.
+
+The environment variables are those of torchrun; where something else starts the processes, it has to set them.
+"""
 
 import os
 import subprocess
@@ -7,16 +10,65 @@ import sys
 from .errors import ArgumentError
 
 
-def started_processes(otherwise: int) -> int:
-    """How many processes torchrun started, or `otherwise` where it did not start this one.
+def is_started() -> bool:
+    """Whether this process is one of several ranks that were started, or the only one."""
+    return "RANK" in os.environ
+
+
+def number_of(variable: str, otherwise: int | None = None) -> int:
+    """The number that an environment variable holds, or `otherwise` where it is not set.
 
     Raises:
-        ArgumentError: the environment variable WORLD_SIZE is no number of processes.
+        ArgumentError: it holds no number, or is not set and has to be.
     """
-    found = os.environ.get("WORLD_SIZE", str(otherwise))
+    found = os.environ.get(variable, "" if otherwise is None else str(otherwise))
     if not found.isdecimal():
-        raise ArgumentError(f"WORLD_SIZE is {found!r} in the environment.", "Unset it, or use torchrun.")
+        raise ArgumentError(
+            f"{variable} is {found!r} in the environment.",
+            "Give it a number, or use torchrun, which sets it.",
+        )
     return int(found)
+
+
+def started_processes(otherwise: int) -> int:
+    """How many processes were started, or `otherwise` where this one was started by itself.
+
+    Raises:
+        ArgumentError: the environment variable WORLD_SIZE is no number.
+    """
+    return number_of("WORLD_SIZE", otherwise)
+
+
+def local_rank() -> tuple[int, int]:
+    """This rank among the ranks of its machine, and how many they are.
+
+    Raises:
+        ArgumentError: the environment variable LOCAL_RANK or LOCAL_WORLD_SIZE is no number.
+    """
+    return number_of("LOCAL_RANK", 0), number_of("LOCAL_WORLD_SIZE", 1)
+
+
+def check_ranks(ranks: int, backend: str) -> None:
+    """Refuse a number of ranks that is none, or that contradicts what was started.
+
+    Raises:
+        ArgumentError: with the number.
+    """
+    if ranks < 1:
+        raise ArgumentError(f"--ranks {ranks} is no number of ranks.", "Use at least 1, such as 4.")
+    if not is_started():
+        return
+    processes = started_processes(otherwise=ranks)
+    if backend == "virtual" and processes > 1:
+        raise ArgumentError(
+            f"{processes} processes were started (by torchrun) and --backend is virtual.",
+            "Use --backend gloo, or run the command without torchrun.",
+        )
+    if backend != "virtual" and ranks != processes:
+        raise ArgumentError(
+            f"--ranks is {ranks} and {processes} processes were started.",
+            f"Leave it out, or start {ranks} processes.",
+        )
 
 
 def run_under_torchrun(arguments: list[str], ranks: int) -> int:

@@ -8,7 +8,6 @@ gloo, with virtual ranks; then the parts of a step are timed. docs/real_ranks.md
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +15,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from .environment import environment_of_process, joined
-from .errors import ArgumentError, NoAcceleratorError
-from .progress import Steps
-from .torchrun import run_under_torchrun, started_processes
-from .validate_cases import Case, cases_for
-from .validate_judge import judge
+from .device import device_of_backend
+from .errors import ArgumentError
+from .torchrun import check_ranks, is_started, run_under_torchrun, started_processes
+from .validate_cases import cases_for
 from .validate_ranks import Ranks
 from .validate_report import Report
-
-CPU = torch.device("cpu")
+from .validate_virtual import run_virtual
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,11 @@ def run(options: Options, console: Console) -> bool:
         NoAcceleratorError, MissingRankError: devices, or ranks, that are not there.
     """
     backend = _backend(options)
-    started = "RANK" in os.environ
     ranks = started_processes(otherwise=4) if options.ranks is None else options.ranks
-    _check(options, backend, ranks, started)
+    _check(options, backend)
+    check_ranks(ranks, backend)
+    if not is_started():
+        device_of_backend(backend, 0, ranks)  # refuses more ranks than there are devices
     cases = [case for case in cases_for(ranks) if options.only in str(case)]
     if not cases:
         raise ArgumentError(
@@ -68,74 +66,32 @@ def run(options: Options, console: Console) -> bool:
     if options.json is not None:
         _claim(options.json, len(cases))
     if backend == "virtual":
-        return _run_virtual(options, ranks, cases, console)
-    if started:
+        return run_virtual(cases, ranks, options.schedules, options.json, console)
+    if is_started():
         return Ranks(backend, options.timeout, options.json, console).run(cases, options.times)
     return run_under_torchrun(["validate", *_arguments(options, backend)], ranks) == 0
-
-
-def _run_virtual(options: Options, ranks: int, cases: list[Case], console: Console) -> bool:
-    from .validate_virtual import run_on_virtual_ranks
-
-    began = time.perf_counter()
-    report = Report(joined([environment_of_process("virtual", CPU)] * ranks), len(cases))
-    report.show_environment(console)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for case in Steps(console).each(cases, f"checking {len(cases)} cases on {ranks} virtual ranks"):
-            report.rows.append(judge(case, run_on_virtual_ranks(case, options.schedules), None, CPU))
-    except Exception as error:
-        report.error = f"{case}: {type(error).__name__}: {error}"
-        raise
-    finally:
-        torch.set_num_threads(threads)
-        report.show_cases(console)
-        report.seconds = time.perf_counter() - began
-        if options.json is not None:
-            report.write(options.json)
-    console.print("No times: virtual ranks share one core, and what they send goes nowhere.", highlight=False)
-    return report.passed
 
 
 def _backend(options: Options) -> str:
     if options.backend is not None:
         return options.backend
-    if "RANK" not in os.environ:
+    if not is_started():
         return "virtual"
     kind = torch.accelerator.current_accelerator()
     return "gloo" if kind is None else dist.get_default_backend_for_device(kind.type)
 
 
-def _check(options: Options, backend: str, ranks: int, started: bool) -> None:
+def _check(options: Options, backend: str) -> None:
     kind = torch.accelerator.current_accelerator()
     own = "nccl" if kind is None else dist.get_default_backend_for_device(kind.type)
     if backend not in ("virtual", "gloo", own):
         raise ArgumentError(f"--backend {backend} cannot be used here.", f"Use virtual, gloo or {own}.")
-    if backend == own and kind is None:
-        raise NoAcceleratorError(
-            f"{backend} needs a device for each rank; torch finds none.",
-            "Use --backend gloo or --backend virtual, or a machine with GPUs and a build of torch for them.",
-        )
-    if ranks < 1:
-        raise ArgumentError(f"--ranks {ranks} is no number of ranks.", "Use at least 1, such as 4.")
     if options.schedules < 0 or (options.schedules and backend != "virtual"):
         raise ArgumentError(
             f"--schedules {options.schedules} on {backend} ranks.", "Use 0 or more, with --backend virtual."
         )
     if not options.timeout > 0:
         raise ArgumentError(f"--timeout {options.timeout} leaves no time.", "Give seconds, such as 30.")
-    processes = started_processes(otherwise=ranks)
-    if backend == "virtual" and started and processes > 1:
-        raise ArgumentError(
-            f"{processes} processes were started (by torchrun) and --backend is virtual.",
-            "Use --backend gloo, or run the command without torchrun.",
-        )
-    if backend != "virtual" and started and ranks != processes:
-        raise ArgumentError(
-            f"--ranks is {ranks} and {processes} processes were started.",
-            f"Leave it out, or start {ranks} processes.",
-        )
 
 
 def _arguments(options: Options, backend: str) -> list[str]:

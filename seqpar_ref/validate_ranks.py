@@ -11,17 +11,19 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from .device import device_of_backend, local_rank
+from .device import device_of_backend
 from .environment import environment_of_process, joined
 from .errors import ArgumentError
 from .progress import Steps
 from .rendezvous import Meeting, meet
 from .sent import BytesSent
+from .torchrun import local_rank
 from .validate_body import VARIANTS, Share, run_variant, share_of
 from .validate_cases import Case
 from .validate_judge import judge
 from .validate_report import Report
 from .validate_times import measure, sizes_for
+from .validate_virtual import first_variant_on_virtual_ranks
 from .watch import Watch
 
 
@@ -94,7 +96,7 @@ class Ranks:
             self.watch.step(f"case {number} of {len(cases)} ({case})")
             shares = self._gather(self._share(case))
             if self.rank == 0:
-                virtual = self._virtual(case) if self.backend == "gloo" else None
+                virtual = first_variant_on_virtual_ranks(case) if self.backend == "gloo" else None
                 self.report.rows.append(judge(case, shares, virtual, self.device))
         if self.rank == 0:
             self.report.show_cases(self.console)
@@ -107,11 +109,6 @@ class Ranks:
             sent[variant] = counter.by_receiver
             uncounted |= counter.uncounted
         return share_of(case, results, sent, uncounted)
-
-    def _virtual(self, case: Case) -> Any:
-        from .validate_virtual import first_variant_on_virtual_ranks
-
-        return first_variant_on_virtual_ranks(case)
 
     def _time(self) -> None:
         sizes = sizes_for(dist.get_world_size(), self.device)

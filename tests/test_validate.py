@@ -303,7 +303,7 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
         (["--timeout", "nan"], "--timeout nan leaves no time"),
         (["--only", "nonsense"], "--only 'nonsense' is in the name of no case"),
         (["--json", "no/such/folder/file"], "cannot write no/such/folder/file"),
-        (["--backend", "nccl"], "NoAcceleratorError: nccl needs a device for each rank"),
+        (["--backend", "nccl"], "NoAcceleratorError: nccl needs a device for each of the 4 ranks"),
         (["--backend", "gloo", "--schedules", "2"], "--schedules 2 on gloo ranks"),
         (["--schedules", "-1"], "--schedules -1 on virtual ranks"),
     ],
