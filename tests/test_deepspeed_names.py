@@ -45,8 +45,8 @@ def whole_tensor(d0: int, d1: int, heads: int, dim: int, seed: int = 0) -> Tenso
 
 def all_sizes_there_and_back(indices: tuple[int, int, int]) -> None:
     group = pairs_of_ranks()
-    for sizes in itertools.product((2, 4), (4, 8), (3, 4, 7, 8), (16, 32)):
-        there_and_back(*sizes, indices, group)
+    for (d0, d1, dim), heads in itertools.product([(2, 4, 16), (4, 8, 32)], (3, 4, 7, 8)):
+        there_and_back(d0, d1, heads, dim, indices, group)
 
 
 def there_and_back(
