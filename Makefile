@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c \
 	'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 TORCH_INDEX ?=
 DEMO ?=
-TEST ?=
+TEST ?= --numprocesses 2 --dist loadfile
 NOTEBOOKS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt

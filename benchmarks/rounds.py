@@ -41,6 +41,7 @@ def on_gloo(ranks: int, body: Callable[..., Any], *args: Any) -> Any:
 
 def _rank(rank: int, ranks: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked at by every collection
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",

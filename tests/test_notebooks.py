@@ -1,5 +1,6 @@
 """The notebooks are what their py:percent files say, outputs included, and keep to the rules for them."""
 
+import importlib.util
 import itertools
 import os
 import re
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-jupytext = pytest.importorskip("jupytext")
-pytest.importorskip("nbclient")
-
-pytestmark = pytest.mark.timeout(300)  # all of them are executed in the first test that asks
+pytestmark = [
+    pytest.mark.timeout(300),  # all of them are executed in the first test that asks
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("jupytext", "nbclient")),
+        reason="needs the extra `notebooks`",
+    ),
+]
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 
@@ -66,6 +70,8 @@ def test_what_is_stale_fails_or_is_missing_is_found(tmp_path):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_rules_for_notebooks(source):
+    import jupytext  # takes seconds, so not where all test files are collected
+
     notebook = jupytext.read(source.with_suffix(".ipynb"))
     cells = notebook.cells
     assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"

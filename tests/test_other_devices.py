@@ -24,6 +24,7 @@ from seqpar_ref.overlap import ChunkedAttention
 RANK, RANKS, DIM, WIDTH = 1, 4, 16, 24
 LAYOUTS = ["b s h d", "s b h d", "b h s d"]
 SIZES = [(8, 8, 16), (8, 2, 16), (9, 3, 16), (9, 3, [3, 5, 0, 8]), (1, 1, [3, 5, 0, 8])]
+SOME_SIZES = [SIZES[1], SIZES[3], SIZES[4]]
 OVERLAPS = ["none", "projections", "chunks"]
 
 
@@ -118,7 +119,7 @@ def fake_cuda(fake_group, fake_mode):
 
 @pytest.mark.parametrize("kind", ["fused", "separate", "pipelined", "chunks"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), SIZES)
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), SOME_SIZES)
 def test_forward_on_fake_cuda_tensors(fake_cuda, kind, layout, heads, kv_heads, tokens):
     plan, (query, key, value) = plan_and_shards(layout, heads, kv_heads, tokens, fake_cuda, True)
     positions = position_ids_of(plan, RANK, device=fake_cuda)
@@ -131,7 +132,7 @@ def test_forward_on_fake_cuda_tensors(fake_cuda, kind, layout, heads, kv_heads, 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), SIZES)
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), SOME_SIZES)
 def test_the_block_on_fake_cuda_tensors(fake_cuda, overlap, layout, heads, kv_heads, tokens):
     plan, _ = plan_and_shards(layout, heads, kv_heads, tokens, fake_cuda, True)
     x = torch.empty(2, len(plan.tokens_of(RANK)), WIDTH, device=fake_cuda, dtype=torch.bfloat16)

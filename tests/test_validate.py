@@ -48,7 +48,7 @@ def faulty_runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("ranks", "only"),
-    [(1, ""), (2, "block"), (3, ""), (4, "tokens"), (5, "< ranks"), (5, "sub"), (8, "uneven")],
+    [(1, "block"), (2, "GQA"), (3, ""), (4, "tokens"), (5, "< ranks"), (8, "uneven")],
 )
 def test_every_case_passes_on_virtual_ranks(tmp_path, ranks, only):
     done = run(
