@@ -421,8 +421,11 @@ def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario)
     if victim != 0:
         report = json.loads((folder / scenario / "json").read_text())
         assert not report["passed"] and re.search(EXPECTED[scenario], report["error"])
-        early = scenario == "never comes"
-        assert len(report["cases"]) == (0 if early else 5) and report["cases_expected"] == 15
+        judged = (
+            {5, 4} if scenario.startswith("raises") else {5}
+        )  # rank 0 may be judging the fifth at that moment
+        assert len(report["cases"]) in ({0} if scenario == "never comes" else judged)
+        assert report["cases_expected"] == 15
 
 
 @pytest.mark.torchrun
