@@ -1,4 +1,7 @@
-"""The notebooks are what their py:percent files say, outputs included, and keep to the rules for them."""
+"""The notebooks are what their py:percent files say and keep to the rules for them; stale outputs are found.
+
+All of them are executed, and their outputs compared, by `python notebooks/execute.py --check`, which .ci/run calls.
+"""
 
 import importlib.util
 import itertools
@@ -12,7 +15,6 @@ from pathlib import Path
 import pytest
 
 pytestmark = [
-    pytest.mark.timeout(300),  # all of them are executed in the first test that asks
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("jupytext", "nbclient")),
         reason="needs the extra `notebooks`",
@@ -26,25 +28,6 @@ def execute(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(root / "notebooks" / "execute.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-
-
-@pytest.fixture(scope="module")
-def check() -> subprocess.CompletedProcess:
-    """All of them, executed once."""
-    return execute(FOLDER.parent, "--check")
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_no_notebook_is_stale(check, source):
-    (said,) = re.findall(rf"^\[\d+/\d+\] {source.name}: (.*(?:\n    .*)*)", check.stdout, re.MULTILINE)
-    if "skipped" in said:
-        pytest.skip(said)
-    assert re.fullmatch(r"ran in [\d.]+ s", said), check.stdout + check.stderr
-
-
-def test_the_check_of_all_notebooks_ends_well(check):
-    assert check.returncode == 0, check.stdout + check.stderr
-    assert SOURCES
 
 
 def test_what_is_stale_fails_or_is_missing_is_found(tmp_path):
