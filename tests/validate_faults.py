@@ -41,12 +41,17 @@ SCENARIOS = {
 
 
 def break_in(scenario: str) -> None:
-    """On the rank that goes wrong: replace what it runs for the case."""
-    run = validate_ranks.run_variant
+    """On the rank that goes wrong: replace what it runs for the case.
 
-    def wrong(case, *args):
-        if case.name != CASE:
-            return run(case, *args)
+    A rank that raises does so after a first exchange of this case, in which all have left the case before behind.
+    """
+    run = validate_ranks.run_variant
+    variants = validate_ranks.VARIANTS
+
+    def wrong(case, variant, device):
+        together = scenario.startswith("raises") and variant == variants[case.kind][0]
+        if case.name != CASE or together:
+            return run(case, variant, device)
         if scenario == "raises":
             raise ValueError("this rank has a defect")
         if scenario == "raises in a collective":
