@@ -50,15 +50,13 @@ def pages_of(site: Path) -> list[str]:
 
 @pytest.mark.parametrize(("root", "scheme"), [("http", "light"), ("file", "dark")], indirect=["root"])
 def test_every_page_loads_and_fits(scheme: str, site: Path, open_page: Open, tmp_path: Path) -> None:
-    """From files every page, over http one of each kind: it is the same site, and files are the stricter of the two.
-
-    What goes wrong on a page is collected by `open_page`, and fails the test when it is over.
+    """What goes wrong on a page is collected by `open_page`, and fails the test when it is over.
 
     No page moves sideways on a phone: wide tables, figures and code move within themselves. A screenshot of each kind
     of page, in each size, is left in the folder of the test.
     """
     shown = {path: kind for kind, path in KINDS.items()}
-    pages = [path for path in pages_of(site) if path in shown or scheme == "dark"]
+    pages = pages_of(site)
     page = open_page(pages[0], color_scheme=scheme, viewport=SIZES["phone"])
     for path in pages:
         page.goto(f"{open_page.root}/{path}")  # type: ignore[attr-defined]
@@ -72,7 +70,7 @@ def test_every_page_loads_and_fits(scheme: str, site: Path, open_page: Open, tmp
             assert picture.stat().st_size > 10_000
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"]["width"], path
     page.wait_for_load_state("networkidle")
-    assert len(pages) >= (35 if scheme == "dark" else len(KINDS))
+    assert len(pages) >= 35
     assert len(list(tmp_path.iterdir())) == 2 * len(KINDS)
 
 
