@@ -22,8 +22,8 @@ from .errors import PlanError, ShapeError, TensorError
 from .flight import outside_graphs
 from .group import GroupLike, check_size, group_of
 from .late_weight import LateLinear
-from .overlap import behind_projections, check_chunks, in_chunks
-from .plan import Plan
+from .overlap import behind_projections, in_chunks
+from .plan import Plan, check_chunks
 from .rotary import apply_rotary, position_ids_of
 from .shapes import LAYOUTS
 

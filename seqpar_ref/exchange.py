@@ -19,7 +19,7 @@ from .errors import ShapeError, TensorError
 from .flight import Exchange, Flight, outside_graphs
 from .group import Group, GroupLike, check_size, group_of
 from .plan import Heads, Plan, check_plan
-from .routes import Load, Route, Wire, routes_to_heads, wire_of
+from .routes import Load, Route, Wire, qkv_loads, routes_to_heads, wire_of
 from .shapes import Layout, layout_of
 
 
@@ -224,9 +224,7 @@ def qkv_to_heads(
     member, order = check_shares(query, key, value, plan, group, layout)
     dims = query.shape[3], key.shape[3], value.shape[3]
     wire = wire_of(wire, plan, query.shape[order.batch], dims, query.dtype)
-    together = Load(("query", "kv", "kv"), dims)
-    loads = (together,) if wire == "fused" else together.apart()
-    routes = routes_to_heads(plan, member.rank, order, loads, query)
+    routes = routes_to_heads(plan, member.rank, order, qkv_loads(wire, dims), query)
     return Exchange.apply(member, routes, wire == "pipelined", query, key, value)
 
 

@@ -49,8 +49,8 @@ from .checks import no_type_check
 from .errors import ArgumentError, SeqparError
 from .group import GroupLike, group_of
 from .huggingface_refusals import MaskMarker, check_call, check_mask, first_position, not_global
-from .overlap import ChunkedAttention, check_chunks
-from .plan import Plan
+from .overlap import ChunkedAttention
+from .plan import Plan, check_chunks
 
 
 class TransformersMissingError(SeqparError, ImportError):

@@ -34,14 +34,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attention import DistributedAttention
-from .checks import integers, no_type_check
-from .errors import PlanError
+from .checks import no_type_check
 from .exchange import Pending, check_shares, start_heads_to_sequence, start_sequence_to_heads
 from .flight import Flight, outside_graphs
 from .group import TorchGroup
 from .own_heads import OwnAttention, own_heads
-from .plan import Plan
-from .routes import Load, routes_to_heads, wire_of
+from .plan import Plan, check_chunks
+from .routes import Load, qkv_loads, routes_to_heads, wire_of
 
 
 @outside_graphs
@@ -104,9 +103,7 @@ def in_chunks(
     chunks = min(chunks, plan.most_chunks)
     dims = query.shape[3], key.shape[3], value.shape[3]
     wire = wire_of("auto", plan, query.shape[layout.batch], dims, query.dtype, chunks)
-    together = Load(("query", "kv", "kv"), dims)
-    loads = (together,) if wire == "fused" else together.apart()
-    there = routes_to_heads(plan, member.rank, layout, loads, query, chunks)
+    there = routes_to_heads(plan, member.rank, layout, qkv_loads(wire, dims), query, chunks)
     returning = Load(("query",), (value.shape[3],))
     (back,) = routes_to_heads(plan, member.rank, layout, (returning,), query, chunks)
     coming, going = Flight(member, *there), Flight(member, back.reverse())
@@ -154,35 +151,9 @@ class ChunkedAttention(DistributedAttention):
     def exchange_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
     ) -> Tensor:
-        """As `DistributedAttention.exchange_and_attend`, in chunks of heads.
-
-        Args:
-            query, key, value: `[batch, seq_local, heads, dim]` in the order of the layout.
-            plan, group: who owns what, and the ranks that share it.
-            attend: attention of this rank's heads.
-
-        Returns:
-            `[batch, seq_local, heads, value_dim]` in the order of the layout.
-
-        Raises:
-            GroupError, LayoutError, TensorError, ShapeError, ArgumentError: as `qkv_to_heads`.
-        """
         output: Tensor = in_chunks(query, key, value, attend, plan, group, self.chunks).finish()
         return output
 
     def extra_repr(self) -> str:
         """What print(module) shows beside the local attention."""
         return f"{super().extra_repr()}, chunks={self.chunks}"
-
-
-@no_type_check
-def check_chunks(chunks: int) -> int:
-    """`chunks`, a number of chunks, as it is.
-
-    Raises:
-        PlanError: it is no integer of at least 1.
-    """
-    (chunks,) = integers("chunks", (chunks,))
-    if chunks < 1:
-        raise PlanError("0 chunks hold no heads.", "Use at least 1 chunk.")
-    return chunks

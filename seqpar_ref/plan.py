@@ -136,10 +136,7 @@ class Plan:
         Raises:
             PlanError: `chunks` is no integer of at least 1.
         """
-        (chunks,) = integers("chunks", (chunks,))
-        if chunks < 1:
-            raise PlanError("0 chunks hold no heads.", "Use at least 1 chunk.")
-        return _chunk_runs(self, chunks)
+        return _chunk_runs(self, check_chunks(chunks))
 
     def vectors(self, heads: Heads = "query") -> np.ndarray:
         """Vectors, of one head and one token, that `sequence_to_heads` sends for each row of the batch.
@@ -304,6 +301,19 @@ def check_plan(plan: Plan) -> None:
     """
     if not isinstance(plan, Plan):
         raise ArgumentError(f"plan is a {type(plan).__name__}.", "Pass what seqpar_ref.make_plan returns.")
+
+
+@no_type_check
+def check_chunks(chunks: int) -> int:
+    """`chunks`, a number of chunks, as it is.
+
+    Raises:
+        PlanError: it is no integer of at least 1.
+    """
+    (chunks,) = integers("chunks", (chunks,))
+    if chunks < 1:
+        raise PlanError(f"{chunks} chunks hold no heads.", "Use at least 1 chunk.")
+    return chunks
 
 
 def divide(count: int, ranks: int) -> tuple[int, ...]:

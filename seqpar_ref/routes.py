@@ -90,9 +90,13 @@ class Load:
     heads: tuple[Heads, ...]
     dims: tuple[int, ...]
 
-    def apart(self) -> "tuple[Load, ...]":
-        """The same tensors, each by itself."""
-        return tuple(Load((kind,), (dim,)) for kind, dim in zip(self.heads, self.dims, strict=True))
+
+def qkv_loads(wire: Wire, dims: tuple[int, int, int]) -> tuple[Load, ...]:
+    """Query, key and value in one load if the wire is "fused", else in three. `dims` are their head dims."""
+    together = Load(("query", "kv", "kv"), dims)
+    if wire == "fused":
+        return (together,)
+    return tuple(Load((kind,), (dim,)) for kind, dim in zip(together.heads, dims, strict=True))
 
 
 @no_type_check
