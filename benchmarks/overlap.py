@@ -1,16 +1,16 @@
 """How much of the communication hides behind computation, on gloo processes, forward and backward together.
 
     exposed = time of the step - time of the same step without communication
-    hidden = 1 - exposed / time of the communication alone
+    hidden = 1 - exposed / time of the step's collectives alone
 
-"communication" is the collectives of the step and nothing else, with their buffers at hand: q, k and v one by one, the
-output, and the gradients of the four. "The same step without communication" packs, computes and unpacks, and sends
-nothing. So what chunks cost beside (more packing, more calls) is not in "hidden": it is in the time of the step.
-Each kind of step runs twice over:
+"Alone" are the collectives of that step and nothing else, one by one, with their buffers at hand: 8 of the plain step,
+up to 64 smaller ones in 8 chunks. "The same step without communication" packs, computes and unpacks, and sends nothing.
+So what chunks cost beside (smaller copies, more calls) is not in "hidden": it is in the time of the step. Each kind of
+step runs twice over:
 
-- "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the communication,
-  `--compute` times: attention takes as long as all four exchanges of a pass, each projection and each weight gradient
-  as long as one.
+- "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the exchanges of
+  the plain step, packing included, `--compute` times: attention takes as long as all four exchanges of a pass, each
+  projection and each weight gradient as long as one.
 - "cpu": matrix products and scaled_dot_product_attention on the same cores. gloo wants these cores as well.
 
 What can be hidden at most: behind projections 2 of 4 exchanges forward and 3 of 4 backward; in C chunks of heads
@@ -35,7 +35,7 @@ import statistics
 import time
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ from seqpar_ref.local_attention import fused_attention
 
 CHUNKS = (2, 4, 8)
 SILENT = ", silent"  # behind the name of a step that sends nothing
+ALONE = ", alone"  # behind the name of a step: its collectives and nothing else
 PROJECTIONS_BOUND = 5 / 8
 
 
@@ -77,9 +78,14 @@ class Done:
 
 
 class SilentGroup(TorchGroup):
-    """A group whose all-to-alls send nothing, and are over at once."""
+    """A group whose all-to-alls send nothing, and are over at once. It keeps their sizes."""
 
-    def all_to_all_single(self, *buffers: Any) -> Any:
+    asked: ClassVar[list[tuple[int, int, list[int], list[int]]]] = []
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], *_: Any
+    ) -> Any:
+        self.asked.append((output.numel(), input.numel(), output_splits, input_splits))
         return Done()
 
 
@@ -89,16 +95,30 @@ def groups() -> dict[str, TorchGroup]:
     return {"": world, SILENT: SilentGroup(world.process_group, world.rank, world.size)}
 
 
-def collectives(point: Point) -> Step:
-    """The eight all-to-alls of a forward and a backward pass, with what a rank keeps left out, as in seqpar_ref."""
-    rank, pair = dist.get_rank(), point.batch * point.tokens * point.dim // point.ranks**2
-    heads = [point.heads, point.kv_heads, point.kv_heads, point.heads] * 2
-    splits = [[0 if other == rank else pair * n for other in range(point.ranks)] for n in heads]
-    buffers = [(torch.zeros(sum(split)), torch.zeros(sum(split))) for split in splits]
+def with_collectives(steps: dict[str, Step]) -> dict[str, Step]:
+    """The steps, and for each silent one the collectives that it leaves out. All of them share their buffers."""
+    asked = {}
+    for name, step in steps.items():
+        if name.endswith(SILENT):
+            SilentGroup.asked.clear()
+            step()
+            asked[name.removesuffix(SILENT)] = [*SilentGroup.asked]
+    received, sent = (
+        torch.zeros(max(sum(call[side] for call in calls) for calls in asked.values())) for side in (0, 1)
+    )
+    return steps | {name + ALONE: collectives(calls, received, sent) for name, calls in asked.items()}
+
+
+def collectives(calls: list[tuple[int, int, list[int], list[int]]], received: Tensor, sent: Tensor) -> Step:
+    """These all-to-alls, one after the other, each with a place of its own in the buffers."""
+    places = [
+        buffer.split([*sizes, len(buffer) - sum(sizes)])
+        for buffer, sizes in ((received, [call[0] for call in calls]), (sent, [call[1] for call in calls]))
+    ]
 
     def step() -> None:
-        for split, (received, sent) in zip(splits, buffers, strict=True):
-            dist.all_to_all_single(received, sent, split, split)
+        for output, input, (_, _, *splits) in zip(*places, calls, strict=False):
+            dist.all_to_all_single(output, input, *splits)
 
     return step
 
@@ -150,28 +170,18 @@ def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
     return steps
 
 
-def measure(
-    point: Point, kinds: list[str], against: list[str], compute: list[float], rounds: int, seconds: float
-) -> dict[str, Times]:
-    """One rank's part: these kinds of overlap against these kinds of computation."""
-    alone = interleaved({"communication": collectives(point)}, max(3, rounds // 3), seconds)
-    one = statistics.median(alone["communication"]) / 8
-    sleeps: dict[str, float | None] = {}
-    for what in against:
-        if what == "stand-in":
-            sleeps |= {f"stand-in x{factor:g}": factor * one for factor in compute}
-        else:
-            sleeps[what] = None
-    tables = {}
-    for what, sleep in sleeps.items():
-        for kind in kinds:
-            if kind == "projections":
-                steps = block_steps(point, sleep)
-            else:
-                steps = attention_steps(point, None if sleep is None else 4 * sleep)
-            everything = {"communication": collectives(point), **steps}
-            tables[f"{kind}, {what}"] = interleaved(everything, rounds, seconds)
-    return tables
+def measure(point: Point, kind: str, compute: float | None, rounds: int, seconds: float) -> Times:
+    """One rank's part: a kind of overlap against sleeps, `compute` times as long as the exchanges, or the cores."""
+    sleep = None
+    if compute is not None:
+        exchanges = {"plain": attention_steps(point, 0.0)["plain"]}
+        passes = interleaved(exchanges, max(3, rounds // 3), seconds)["plain"]
+        sleep = compute * statistics.median(passes) / 8
+    if kind == "projections":
+        steps = block_steps(point, sleep)
+    else:
+        steps = attention_steps(point, None if sleep is None else 4 * sleep)
+    return interleaved(with_collectives(steps), rounds, seconds)
 
 
 def bound_of(name: str, point: Point) -> float:
@@ -186,22 +196,24 @@ def bound_of(name: str, point: Point) -> float:
 
 def show(title: str, times: Times, point: Point) -> dict[str, dict[str, float]]:
     """Print one table; quartiles (s), what was hidden, and the bound."""
-    communication = statistics.median(times["communication"])
-    print(f"\n{title}: {point}; communication alone {communication * 1e3:.1f} ms")
+    print(f"\n{title}: {point}")
     print(
-        f"{'':<13}{'median ms':>10}{'quartiles':>18}{'silent ms':>11}{'hidden':>9}{'bound':>8}{'of bound':>10}"
+        f"{'ms':<13}{'step':>8}{'quartiles':>18}{'silent':>9}{'exposed':>9}{'alone':>8}"
+        f"{'hidden':>9}{'bound':>8}{'of bound':>10}",
+        flush=True,
     )
-    table: dict[str, dict[str, float]] = {"communication": {"median": communication}}
+    table: dict[str, dict[str, float]] = {}
     for name in (name for name in times if name + SILENT in times):
         first, median, third = quartiles(times[name])
-        silent = statistics.median(times[name + SILENT])
+        silent, alone = (statistics.median(times[name + other]) for other in (SILENT, ALONE))
         exposed = statistics.median(a - b for a, b in zip(times[name], times[name + SILENT], strict=True))
-        hidden, bound = 1 - exposed / communication, bound_of(name, point)
+        hidden, bound = 1 - exposed / alone, bound_of(name, point)
         table[name] = {"first quartile": first, "median": median, "third quartile": third, "silent": silent}
-        table[name] |= {"hidden": hidden, "bound": bound}
+        table[name] |= {"exposed": exposed, "alone": alone, "hidden": hidden, "bound": bound}
         shown = f"{first * 1e3:.1f}-{third * 1e3:.1f}"
+        parts = f"{silent * 1e3:>9.1f}{exposed * 1e3:>9.1f}{alone * 1e3:>8.1f}{hidden:>9.2f}"
         part = f"{bound:>8.3f}{hidden / bound:>10.2f}" if bound else ""
-        print(f"{name:<13}{median * 1e3:>10.1f}{shown:>18}{silent * 1e3:>11.1f}{hidden:>9.2f}{part}")
+        print(f"{name:<13}{median * 1e3:>8.1f}{shown:>18}{parts}{part}", flush=True)
     return table
 
 
@@ -214,9 +226,7 @@ def main() -> None:
         "--kinds", nargs="+", choices=["projections", "chunks"], default=["projections", "chunks"]
     )
     parser.add_argument("--against", nargs="+", choices=["stand-in", "cpu"], default=["stand-in", "cpu"])
-    parser.add_argument(
-        "--compute", type=float, nargs="+", default=[1, 2], help="of the communication's time"
-    )
+    parser.add_argument("--compute", type=float, nargs="+", default=[1, 2], help="of the exchanges' time")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=64)
@@ -224,13 +234,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each variant in each round, about")
     parser.add_argument("--json", help="write every round's seconds, and the tables, to this file")
     options = parser.parse_args()
+    computing: dict[str, float | None] = {
+        f"stand-in x{factor:g}": factor for factor in options.compute if "stand-in" in options.against
+    }
+    if "cpu" in options.against:
+        computing["cpu"] = None
     results = []
-    for ranks in options.ranks:
+    for ranks, (what, compute), kind in itertools.product(options.ranks, computing.items(), options.kinds):
         point = Point(ranks, options.tokens, options.heads, heads=options.heads, dim=options.dim)
-        settings = (options.kinds, options.against, options.compute, options.rounds, options.seconds)
-        for title, times in on_gloo(ranks, measure, point, *settings).items():
-            table = show(title, times, point)
-            results.append({"what": title, **asdict(point), "seconds": times, "table": table})
+        title = f"{kind}, {what}"
+        times = on_gloo(ranks, measure, point, kind, compute, options.rounds, options.seconds)
+        table = show(title, times, point)
+        results.append({"what": title, **asdict(point), "seconds": times, "table": table})
     if options.json:
         versions = {"torch": torch.__version__}
         Path(options.json).write_text(json.dumps({"versions": versions, "results": results}, indent=1))

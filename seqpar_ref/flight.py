@@ -47,18 +47,28 @@ class Flight:
     the tensors on the side of the sequence, and start or finish there together. Of stages that start together each
     leaves when the one before it has come, to travel behind what is computed with that one.
 
+    What travels behind a computation is packed before any of it is issued: packing and communication would want
+    the same memory at the same time. Where results return while chunks come, that is so for both (`packed`): from
+    the second chunk on, the next one to come is issued when the result of the one before is packed.
+
     Args:
         routes: of tensors that start and finish together; each route has collectives of its own.
+        packed: what is packed and not issued, in a list shared with the flight of what returns.
     """
 
-    def __init__(self, group: Group, *routes: Route) -> None:
+    def __init__(
+        self, group: Group, *routes: Route, packed: "list[tuple[Flight, _Parcel]] | None" = None
+    ) -> None:
         self.group, self.routes = group, routes
+        self._waits_for_results = packed is not None
+        self._packed = [] if packed is None else packed
         self._tokens: dict[int, Tensor] = {}  # of stages that are started and not finished
         self._works: dict[tuple[Route, int], tuple[Work | None, Tensor]] = {}
         self._received: dict[Cut, Received] = {}
         self._started: set[int] = set()
         self._to_leave: list[int] = []  # stages that are started and not issued
         self._tensors: tuple[Tensor, ...] = ()  # what they share
+        self._has_come = False  # a stage of it, so that there is a result to return
         self._gradients: Flight | None = None
 
     @outside_graphs
@@ -97,22 +107,24 @@ class Flight:
         """`start` of stages that share these tensors, without autograd. Tensors in the shapes of the routes."""
         self._started.update(stages)
         self._to_leave, self._tensors = [*stages], tensors
-        self._next_leaves()
+        self._pack_next()
+        self._issue()
 
-    def _next_leaves(self) -> None:
-        """Send a stage, if there is one to leave.
-
-        It is packed as a whole before any of it travels. It is going to travel behind a computation; before that,
-        packing and communication would want the same memory at the same time.
-        """
+    def _pack_next(self) -> None:
+        """Pack a stage, if there is one to leave."""
         if self._to_leave:
             parcels = list(self._parcels(self._to_leave.pop(0), self._tensors))
             for parcel in parcels:
                 parcel.keep()
-            for parcel in parcels:
-                self._send(parcel)
+            self._packed += [(self, parcel) for parcel in parcels]
         if not self._to_leave:
             self._tensors = ()
+
+    def _issue(self) -> None:
+        """Send all that is packed."""
+        while self._packed:
+            flight, parcel = self._packed.pop(0)
+            flight._send(parcel)
 
     def exchange(self, tensors: tuple[Tensor, ...], async_op: bool) -> tuple[Tensor, ...]:
         """Start and finish in one, without autograd, in the shapes of the routes.
@@ -149,12 +161,16 @@ class Flight:
     def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
         """`finish` of stages that are unpacked together, without autograd. Tensors in the shapes of the routes."""
         while not set(stages).isdisjoint(self._to_leave):
-            self._next_leaves()
+            self._pack_next()
+        self._issue()
         for route, stage in itertools.product(self.routes, stages):
             work, _ = self._works.pop((route, stage))
             if work is not None:
                 work.wait()
-        self._next_leaves()
+        self._pack_next()
+        if not (self._waits_for_results and self._has_come):
+            self._issue()
+        self._has_come = True
         results: list[Tensor] = []
         for route in self.routes:
             incoming, _ = route.incoming_at(stages[0])
@@ -169,7 +185,9 @@ class Flight:
         """
         flight = self._gradients
         if again and (flight is None or not flight._started.isdisjoint(stages)):
-            flight = self._gradients = Flight(self.group, *[route.reverse() for route in self.routes])
+            packed = self._packed if self._waits_for_results else None
+            there = [route.reverse() for route in self.routes]
+            flight = self._gradients = Flight(self.group, *there, packed=packed)
         if flight is None or not (again or flight._started.issuperset(stages)):
             raise OrderError(
                 "some chunks of an exchange got a gradient and others did not.",
