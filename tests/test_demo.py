@@ -37,7 +37,8 @@ def test_the_demo_on_virtual_ranks(tmp_path, ranks, tokens):
     assert (tmp_path / "exchange.png").read_bytes().startswith(PNG)
     assert str(tmp_path / "exchange.png") in done.output
     model = demo_models.Tiny()
-    planned = demo.planned_bytes(demo.plan_for(model, ranks, tokens), model)
+    plan = demo.plan_for(model, ranks, tokens)
+    planned = demo.planned_bytes(plan, model)
     rows = [
         line.split()
         for line in done.output.splitlines()
@@ -47,7 +48,9 @@ def test_the_demo_on_virtual_ranks(tmp_path, ranks, tokens):
     for rank, row in enumerate(rows):
         sent = f"{planned[rank].sum():,}"
         assert row[4:6] == [sent, sent]
-        assert row[7] == "yes"
+        # the last bits depend on the machine: its products of some rows need not be those of all rows
+        assert float(row[6]) < 1e-5
+        assert row[8] == f"{len(plan.tokens_of(rank))}/{len(plan.tokens_of(rank))}"
     assert f"sent exactly the plan's {planned.sum():,} bytes" in " ".join(done.output.split())
 
 
