@@ -227,7 +227,8 @@ def main() -> None:
     )
     parser.add_argument("--against", nargs="+", choices=["stand-in", "cpu"], default=["stand-in", "cpu"])
     parser.add_argument("--compute", type=float, nargs="+", default=[1, 2], help="of the exchanges' time")
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192, help="with the stand-in")
+    parser.add_argument("--cpu-tokens", type=int, default=512, help="with products on the same cores")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
@@ -241,7 +242,8 @@ def main() -> None:
         computing["cpu"] = None
     results = []
     for ranks, (what, compute), kind in itertools.product(options.ranks, computing.items(), options.kinds):
-        point = Point(ranks, options.tokens, options.heads, heads=options.heads, dim=options.dim)
+        tokens = options.cpu_tokens if compute is None else options.tokens
+        point = Point(ranks, tokens, options.heads, heads=options.heads, dim=options.dim)
         title = f"{kind}, {what}"
         times = on_gloo(ranks, measure, point, kind, compute, options.rounds, options.seconds)
         table = show(title, times, point)

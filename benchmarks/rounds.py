@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def interleaved(steps: dict[str, Step], rounds: int, seconds: float) -> Times:
     counts = {name: max(1, math.ceil(seconds / _slowest(_timed(step, 2)))) for name, step in steps.items()}
     times: Times = {name: [] for name in steps}
     for number in range(rounds):
+        if dist.get_rank() == 0:
+            print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
         for name in random.Random(number).sample(list(steps), len(steps)):
             times[name].append(_slowest(_timed(steps[name], counts[name])))
     return times
