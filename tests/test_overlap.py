@@ -20,6 +20,7 @@ from seqpar_ref.errors import (
 )
 from seqpar_ref.late_weight import LateLinear
 from seqpar_ref.local_attention import fused_attention, plain_attention
+from seqpar_ref.wire import Cut
 from simulator import VirtualWorld
 from simulator.errors import HazardError
 from tests.launch import on_gloo, on_virtual
@@ -241,6 +242,39 @@ def test_the_order_of_chunks() -> None:
     found = on_virtual(events_of, 4, Setting(PLANS["even"]), "chunks", 2)
     assert found == [(forward, backward)] * 4
     assert on_gloo(events_of, 4, Setting(PLANS["even"]), "chunks", 2)[0] == (forward, backward)
+
+
+def test_what_travels_together_is_packed_before_it_is_issued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second chunk on, the next one and the result that returns: pack, pack, issue, issue, attention."""
+    records = [Record() for _ in range(2)]
+    pack = Cut.pack
+
+    def noted_pack(self: Cut, *args: Any) -> Tensor:
+        records[dist.get_rank()].note("pack")
+        return pack(self, *args)
+
+    monkeypatch.setattr(Cut, "pack", noted_pack)
+
+    def body() -> list[str]:
+        record = records[dist.get_rank()]
+
+        def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            record.note("attention")
+            return query + key + value
+
+        shards = [torch.ones(1, 2, 6, 4, requires_grad=True) for _ in range(3)]
+        output = ChunkedAttention(local, record.group(), chunks=3)(*shards)
+        record.note("backward")
+        output.sum().backward()
+        return record.events
+
+    forward = ["pack", "issue 0", "wait 0", "pack", "issue 1", "attention"]
+    forward += ["wait 1", "pack", "pack", "issue 2", "issue 3", "attention"]
+    forward += ["wait 2", "pack", "issue 4", "attention", "pack", "issue 5", "wait 3", "wait 4", "wait 5"]
+    backward = ["pack", "issue 6", "wait 6", "pack", "issue 7"]
+    backward += ["wait 7", "pack", "pack", "issue 8", "issue 9"]
+    backward += ["wait 8", "pack", "issue 10", "pack", "issue 11", "wait 11", "wait 10", "wait 9"]
+    assert on_virtual(body, 2) == [[*forward, "backward", *backward]] * 2
 
 
 def attended(case: Case, chunks: int, mask: Tensor | None, local: Any = None) -> list[Tensor]:
