@@ -5,7 +5,8 @@
 
 "Alone" are the collectives of that step and nothing else, one by one, with their buffers at hand: 8 of the plain step,
 up to 64 smaller ones in 8 chunks. "The same step without communication" packs, computes and unpacks, and sends nothing.
-So what chunks cost beside (smaller copies, more calls) is not in "hidden": it is in the time of the step. Each kind of
+So what chunks cost beside (smaller copies, more calls) is not in "hidden": it is in the time of the step. "(of plain)"
+is the share of the bound if the exposed time is compared with the 8 collectives of the plain step instead. Each kind of
 step runs twice over:
 
 - "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the exchanges of
@@ -33,9 +34,10 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import asdict
+from collections import deque
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,10 +79,11 @@ class Done:
         return True
 
 
+@dataclass(frozen=True)
 class SilentGroup(TorchGroup):
-    """A group whose all-to-alls send nothing, and are over at once. It keeps their sizes."""
+    """A group whose all-to-alls send nothing, and are over at once. It keeps the sizes of the last ones."""
 
-    asked: ClassVar[list[tuple[int, int, list[int], list[int]]]] = []
+    asked: deque[tuple[int, int, list[int], list[int]]] = field(default_factory=partial(deque, maxlen=1024))
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], *_: Any
@@ -89,20 +92,14 @@ class SilentGroup(TorchGroup):
         return Done()
 
 
-def groups() -> dict[str, TorchGroup]:
-    """The group that sends, and the one that does not, by what stands behind a step's name."""
-    world = group_of(None)
-    return {"": world, SILENT: SilentGroup(world.process_group, world.rank, world.size)}
-
-
-def with_collectives(steps: dict[str, Step]) -> dict[str, Step]:
+def with_collectives(steps: dict[str, Step], silent: SilentGroup) -> dict[str, Step]:
     """The steps, and for each silent one the collectives that it leaves out. All of them share their buffers."""
     asked = {}
     for name, step in steps.items():
         if name.endswith(SILENT):
-            SilentGroup.asked.clear()
+            silent.asked.clear()
             step()
-            asked[name.removesuffix(SILENT)] = [*SilentGroup.asked]
+            asked[name.removesuffix(SILENT)] = [*silent.asked]
     received, sent = (
         torch.zeros(max(sum(call[side] for call in calls) for calls in asked.values())) for side in (0, 1)
     )
@@ -123,7 +120,7 @@ def collectives(calls: list[tuple[int, int, list[int], list[int]]], received: Te
     return step
 
 
-def attention_steps(point: Point, sleep: float | None) -> dict[str, Step]:
+def attention_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]) -> dict[str, Step]:
     """Attention of tensors that are ready: plain, and in chunks."""
     plan = plan_of(point)
     tokens = point.tokens // point.ranks
@@ -140,7 +137,7 @@ def attention_steps(point: Point, sleep: float | None) -> dict[str, Step]:
         return Sleep.apply(sleep * query.shape[2] / own_heads, query, *others)
 
     modules: dict[str, nn.Module] = {}
-    for silent, group in groups().items():
+    for silent, group in groups.items():
         modules[f"plain{silent}"] = DistributedAttention(local, group, plan=plan)
         for chunks in CHUNKS:
             modules[f"{chunks} chunks{silent}"] = ChunkedAttention(local, group, plan=plan, chunks=chunks)
@@ -150,11 +147,11 @@ def attention_steps(point: Point, sleep: float | None) -> dict[str, Step]:
     }
 
 
-def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
+def block_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]) -> dict[str, Step]:
     """A block: plain, and with its exchanges behind projections. A block that sleeps has next to no width."""
     steps: dict[str, Step] = {}
     kinds = (("plain", "none"), ("projections", "projections"))
-    for (name, overlap), (silent, group) in itertools.product(kinds, groups().items()):
+    for (name, overlap), (silent, group) in itertools.product(kinds, groups.items()):
         torch.manual_seed(0)
         width = point.heads * point.dim if sleep is None else 8
         sizes = (width, point.heads, point.kv_heads, point.dim)
@@ -172,16 +169,19 @@ def block_steps(point: Point, sleep: float | None) -> dict[str, Step]:
 
 def measure(point: Point, kind: str, compute: float | None, rounds: int, seconds: float) -> Times:
     """One rank's part: a kind of overlap against sleeps, `compute` times as long as the exchanges, or the cores."""
+    world = group_of(None)
+    silent = SilentGroup(world.process_group, world.rank, world.size)
+    groups = {"": world, SILENT: silent}  # by what stands behind a step's name
     sleep = None
     if compute is not None:
-        exchanges = {"plain": attention_steps(point, 0.0)["plain"]}
+        exchanges = {"plain": attention_steps(point, 0.0, groups)["plain"]}
         passes = interleaved(exchanges, max(3, rounds // 3), seconds)["plain"]
         sleep = compute * statistics.median(passes) / 8
     if kind == "projections":
-        steps = block_steps(point, sleep)
+        steps = block_steps(point, sleep, groups)
     else:
-        steps = attention_steps(point, None if sleep is None else 4 * sleep)
-    return interleaved(with_collectives(steps), rounds, seconds)
+        steps = attention_steps(point, None if sleep is None else 4 * sleep, groups)
+    return interleaved(with_collectives(steps, silent), rounds, seconds)
 
 
 def bound_of(name: str, point: Point) -> float:
@@ -199,7 +199,7 @@ def show(title: str, times: Times, point: Point) -> dict[str, dict[str, float]]:
     print(f"\n{title}: {point}")
     print(
         f"{'ms':<13}{'step':>8}{'quartiles':>18}{'silent':>9}{'exposed':>9}{'alone':>8}"
-        f"{'hidden':>9}{'bound':>8}{'of bound':>10}",
+        f"{'hidden':>9}{'bound':>8}{'of bound':>10}{'(of plain)':>11}",
         flush=True,
     )
     table: dict[str, dict[str, float]] = {}
@@ -208,11 +208,13 @@ def show(title: str, times: Times, point: Point) -> dict[str, dict[str, float]]:
         silent, alone = (statistics.median(times[name + other]) for other in (SILENT, ALONE))
         exposed = statistics.median(a - b for a, b in zip(times[name], times[name + SILENT], strict=True))
         hidden, bound = 1 - exposed / alone, bound_of(name, point)
+        of_plain = 1 - exposed / statistics.median(times["plain" + ALONE])
         table[name] = {"first quartile": first, "median": median, "third quartile": third, "silent": silent}
         table[name] |= {"exposed": exposed, "alone": alone, "hidden": hidden, "bound": bound}
+        table[name]["hidden of plain"] = of_plain
         shown = f"{first * 1e3:.1f}-{third * 1e3:.1f}"
         parts = f"{silent * 1e3:>9.1f}{exposed * 1e3:>9.1f}{alone * 1e3:>8.1f}{hidden:>9.2f}"
-        part = f"{bound:>8.3f}{hidden / bound:>10.2f}" if bound else ""
+        part = f"{bound:>8.3f}{hidden / bound:>10.2f}{of_plain / bound:>11.2f}" if bound else ""
         print(f"{name:<13}{median * 1e3:>8.1f}{shown:>18}{parts}{part}", flush=True)
     return table
 

@@ -106,7 +106,7 @@ def in_chunks(
     there = routes_to_heads(plan, member.rank, layout, qkv_loads(wire, dims), query, chunks)
     returning = Load(("query",), (value.shape[3],))
     (back,) = routes_to_heads(plan, member.rank, layout, (returning,), query, chunks)
-    packed: list[Any] = []
+    packed: list[Any] = []  # what either has packed is issued together: see `Flight`
     coming, going = Flight(member, *there, packed=packed), Flight(member, back.reverse(), packed=packed)
     coming.start(query, key, value)
     own_query, own_key, own_value = coming.finish(0)

@@ -30,6 +30,31 @@ def run(*arguments: str):
     return CliRunner().invoke(cli.app, ["demo", *arguments])
 
 
+def rows_stand_alone(model, plan) -> bool:
+    """Whether this machine's layers give a rank's rows the bits that they have among all rows.
+
+    Nothing of seqpar takes part. Some processors' matrix products, and the ends of their vector loops, depend on how
+    many rows there are; there the last bits of a rank differ from one device's whatever the exchange does.
+    """
+    torch.manual_seed(0)
+    hidden = torch.randn(1, plan.tokens, model.module.config.width)
+    layers = [model.module.head, model.module.norm]
+    for block in model.module.blocks:
+        layers += [
+            block.attention_norm,
+            block.to_query,
+            block.to_key,
+            block.to_value,
+            block.from_heads,
+            block.mlp,
+        ]
+    return all(
+        torch.equal(layer(hidden[:, own.start : own.stop]), layer(hidden)[:, own.start : own.stop])
+        for own in map(plan.tokens_of, range(plan.ranks))
+        for layer in layers
+    )
+
+
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, 60), (2, 61), (3, 64), (4, 1030), (9, 100), (12, 101)])
 def test_the_demo_on_virtual_ranks(tmp_path, ranks, tokens):
     done = run("--model", "tiny", "--ranks", str(ranks), "--tokens", str(tokens), "--out", str(tmp_path))
@@ -48,8 +73,7 @@ def test_the_demo_on_virtual_ranks(tmp_path, ranks, tokens):
     for rank, row in enumerate(rows):
         sent = f"{planned[rank].sum():,}"
         assert row[4:6] == [sent, sent]
-        # the last bits depend on the machine: its products of some rows need not be those of all rows
-        assert float(row[6]) < 1e-5
+        assert row[7] == "yes" or (float(row[6]) < 1e-5 and not rows_stand_alone(model, plan))
         assert row[8] == f"{len(plan.tokens_of(rank))}/{len(plan.tokens_of(rank))}"
     assert f"sent exactly the plan's {planned.sum():,} bytes" in " ".join(done.output.split())
 
