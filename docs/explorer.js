@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 63dd3f22608d472df2e4da5a2f4739dd2d2be3bfd57a1281f07afcd6df2abcf4
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 8c5abdee98ab11e25b239d3d049ca37f30a7b12f86d33c1f13c988d214fdef03
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -33,7 +33,7 @@ var seqparExplorer = (() => {
         file: "seqpar_ref/attention.py",
         function: "DistributedAttention.exchange_and_attend",
         lines: [
-          "query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)"
+          "qkv = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)"
         ]
       },
       "pack in order": {
@@ -74,7 +74,7 @@ var seqparExplorer = (() => {
       },
       arrived: {
         file: "seqpar_ref/flight.py",
-        function: "Flight.wait",
+        function: "Flight._arrive",
         lines: [
           "work.wait()"
         ]
@@ -107,7 +107,7 @@ var seqparExplorer = (() => {
         file: "seqpar_ref/attention.py",
         function: "DistributedAttention.exchange_and_attend",
         lines: [
-          "result = attend(query, key, value, own)"
+          "result = attend(*qkv, own)"
         ]
       },
       uses: {

@@ -149,9 +149,10 @@ class DistributedAttention(nn.Module):
         Raises:
             GroupError, LayoutError, TensorError, ShapeError, ArgumentError: as `qkv_to_heads`.
         """
-        query, key, value = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)
         (own,) = own_heads(plan, group.rank)
-        result = attend(query, key, value, own)
+        qkv = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)
+        result = attend(*qkv, own)
+        del qkv  # where no gradient needs them, the output's exchange can have their memory
         return heads_to_sequence(result, plan, group, layout=self.layout)
 
     def own_attention(self, query: Tensor, args: Any, kwargs: Any) -> OwnAttention:

@@ -129,12 +129,18 @@ class Flight:
     def exchange(self, tensors: tuple[Tensor, ...], async_op: bool) -> tuple[Tensor, ...]:
         """Start and finish in one, without autograd, in the shapes of the routes.
 
-        Nothing else hides this communication: each route's tensors are packed while those before travel.
+        Nothing else hides this communication: each route's tensors are packed while those before travel, and
+        unpacked while those behind do.
         """
         for parcel in self._parcels(0, tensors):
             self._send(parcel, async_op)
             parcel.keep()
-        return self.wait((0,))
+        del parcel  # the last one's memory is needed
+        results: list[Tensor] = []
+        for route in self.routes:
+            self._arrive(route, 0)
+            results += self._unpack(route, 0)
+        return tuple(results)
 
     def _parcels(self, stage: int, tensors: tuple[Tensor, ...]) -> "Iterator[_Parcel]":
         """Pack one stage, route by route."""
@@ -164,18 +170,26 @@ class Flight:
             self._pack_next()
         self._issue()
         for route, stage in itertools.product(self.routes, stages):
-            work, _ = self._works.pop((route, stage))
-            if work is not None:
-                work.wait()
+            self._arrive(route, stage)
         self._pack_next()
         if not (self._waits_for_results and self._has_come):
             self._issue()
         self._has_come = True
         results: list[Tensor] = []
         for route in self.routes:
-            incoming, _ = route.incoming_at(stages[0])
-            results += incoming.unpack(self._received.pop(incoming))
+            results += self._unpack(route, stages[0])
         return tuple(results)
+
+    def _arrive(self, route: Route, stage: int) -> None:
+        """Wait for a collective. What was sent is free then."""
+        work, _ = self._works.pop((route, stage))
+        if work is not None:
+            work.wait()
+
+    def _unpack(self, route: Route, stage: int) -> tuple[Tensor, ...]:
+        """The tensors of a stage, and of all that are unpacked with it. What was received is free then."""
+        incoming, _ = route.incoming_at(stage)
+        return incoming.unpack(self._received.pop(incoming))
 
     def gradients(self, stages: tuple[int, ...], again: bool) -> "Flight":
         """The exchange of the gradients, one for each backward pass: `again` begins a new pass where due.

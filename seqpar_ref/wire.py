@@ -43,9 +43,11 @@ from .ragged import RaggedRows
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they can be made at once.
+    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they are needed before.
 
-    The buffer is flat, [elements]; the tensors have the shapes of the cut's parts.
+    They are where the buffer is their memory, and where what a rank keeps is copied to them. Others are made when
+    what was sent is free, so that they can have its memory. The buffer is flat, [elements]; the tensors have the
+    shapes of the cut's parts.
     """
 
     tensors: tuple[Tensor, ...]
@@ -104,17 +106,15 @@ class Cut:
 
     def new_buffer(self, like: Tensor) -> Received:
         """Memory for what is to come, of the dtype of `like`."""
-        if not self.in_order and not self.strided:
-            spare = self._rows.row  # the last row must not be read: see `sum_rows`
-            return Received((), like.new_empty(sum(self.sizes) + spare))
-        tensors = tuple([like.new_empty(part.shape) for part in self.parts])
-        buffer = self._without_kept(tensors[0]) if self.in_order else like.new_empty(sum(self.sizes))
-        return Received(tensors, buffer)
+        if self.in_order:
+            tensors = self._new_tensors(like)
+            return Received(tensors, self._without_kept(tensors[0]))
+        spare = 0 if self.strided else self._rows.row  # the last row must not be read: see `sum_rows`
+        buffer = like.new_empty(sum(self.sizes) + spare)
+        return Received(() if self.kept is None else self._new_tensors(like), buffer)
 
     def chunks_of(self, received: Received, stage: int) -> Shaped[Tensor, " size"]:
         """The part of the buffer that receives the chunks of that stage."""
-        if self.stages == 1 and received.tensors:
-            return received.buffer
         return received.buffer.narrow(0, self.begins[stage], self.sizes[stage])
 
     def own_pieces(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
@@ -128,10 +128,14 @@ class Cut:
             return tensors
         if not self.strided:
             return self._rows.read(buffer)
+        tensors = tensors or self._new_tensors(buffer)
         for blocks in self.blocks:
             for block in blocks or ():
                 block.in_tensor(tensors[block.part]).copy_(block.in_buffer(buffer))
         return tensors
+
+    def _new_tensors(self, like: Tensor) -> tuple[Shaped[Tensor, "_ _ _ _"], ...]:
+        return tuple([like.new_empty(part.shape) for part in self.parts])
 
     def _without_kept(self, tensor: Shaped[Tensor, "_ _ _ _"]) -> Shaped[Tensor, " size"]:
         """The memory of a tensor that is the buffer as well, without the chunk that stays."""

@@ -4,6 +4,8 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from seqpar_ref import (
 from seqpar_ref.errors import OrderError, ShapeError
 from seqpar_ref.flight import Flight
 from seqpar_ref.group import group_of
-from seqpar_ref.routes import Load, routes_to_heads
+from seqpar_ref.routes import Load, qkv_loads, routes_to_heads
 from seqpar_ref.shapes import LAYOUTS
 from simulator.errors import HazardError
 from tests.launch import on_gloo, on_virtual
@@ -394,3 +396,43 @@ def test_a_finished_exchange_keeps_no_tensor() -> None:
         assert on_virtual(body, 4) == [True] * 4
     finally:
         gc.enable()
+
+
+def most_memory(exchange: Callable[[], object]) -> int:
+    """The most bytes that are allocated at a time while it runs."""
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        exchange()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
+
+
+# The first rank keeps its quarter, so it needs 3 results and 3 buffers of 3/4 each. The second one sends itself what
+# it keeps: 3 buffers and 3 results there; back, each result takes the place of a buffer.
+@pytest.mark.parametrize("rank, there, back", [(0, 5.25, 5.25), (1, 6, 4)])
+def test_memory_of_pipelined_exchanges(rank: int, there: float, back: float) -> None:
+    """In tensors of one size. What was sent and what is unpacked leave their memory to what comes next."""
+
+    @dataclass(frozen=True)
+    class NothingTravels:
+        rank: int
+        size: int = 4
+
+        def all_to_all_single(self, *buffers: Any) -> None:
+            """Sends nothing, at once."""
+
+        def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
+            """As if all had the same."""
+            return [record] * self.size
+
+    plan = make_plan(ranks=4, heads=4, tokens=1024)
+    by_tokens, by_heads = torch.ones(1, 256, 4, 64), torch.ones(1, 1024, 1, 64)
+    loads = qkv_loads("pipelined", (64, 64, 64))
+    routes = routes_to_heads(plan, rank, LAYOUTS["b s h d"], loads, by_tokens)
+    for tensor, directions, tensors in (
+        (by_tokens, routes, there),
+        (by_heads, [route.reverse() for route in routes], back),
+    ):
+        flight = Flight(NothingTravels(rank), *directions)
+        assert most_memory(partial(flight.exchange, (tensor,) * 3, True)) == tensors * tensor.nbytes
