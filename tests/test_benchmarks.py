@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,26 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def results_of(script: str, folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
-    """What the script prints, and the results that it writes."""
-    command = [sys.executable, str(BENCHMARKS / script), "--rounds", "1", "--seconds", "0.0001", *arguments]
-    command += ["--json", str(folder / "found.json")]
+ON_LINK = [str(BENCHMARKS / "on_link.sh"), "200mbit"]
+
+
+def why_no_link() -> str | None:
+    """Why loopback cannot be made slow here, or None if it can."""
+    if shutil.which("unshare") is None:
+        return "needs unshare (Debian: apt-get install util-linux)"
+    tried = subprocess.run([*ON_LINK, "true"], capture_output=True, text=True, check=False, timeout=20)
+    return None if tried.returncode == 0 else f"loopback cannot be made slow here: {tried.stderr.strip()}"
+
+
+NO_LINK = why_no_link()
+
+
+def results_of(
+    script: str, folder: Path, *arguments: str, before: tuple[str, ...] = ()
+) -> tuple[str, list[dict[str, Any]]]:
+    """What the script prints, and the results that it writes. `before` is what runs the command."""
+    command = [*before, sys.executable, str(BENCHMARKS / script), "--rounds", "1", "--seconds", "0.0001"]
+    command += [*arguments, "--json", str(folder / "found.json")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,3 +68,16 @@ def test_the_overlap_benchmark(tmp_path: Path) -> None:
     # 8 heads on 2 ranks: 8 chunks are 4
     assert bounds == {"plain": 0, "projections": 0.625, "2 chunks": 0.5, "4 chunks": 0.75, "8 chunks": 0.75}
     assert all(len(seconds) == 1 for result in results for seconds in result["seconds"].values())
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LINK is not None, reason=str(NO_LINK))
+def test_the_overlap_benchmark_on_a_slow_link(tmp_path: Path) -> None:
+    """What travels takes at least as long as the link needs for the bytes, but for the 256 kB that it lets through."""
+    sizes = ("--ranks", "2", "--heads", "8", "--dim", "64", "--tokens", "512", "--compute", "0.1")
+    kinds = ("--against", "stand-in", "--kinds", "chunks")
+    _, (result,) = results_of("overlap.py", tmp_path, *sizes, *kinds, before=tuple(ON_LINK))
+    sent = 8 * 2 * (4 * 256 * 4 * 64)  # 8 exchanges, 2 ranks, half of each one's 8 heads
+    for row in result["table"].values():
+        assert row["alone"] > 8 * (sent - 256 * 1024) / 200e6
