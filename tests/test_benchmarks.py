@@ -75,9 +75,9 @@ def test_the_overlap_benchmark(tmp_path: Path) -> None:
 @pytest.mark.skipif(NO_LINK is not None, reason=str(NO_LINK))
 def test_the_overlap_benchmark_on_a_slow_link(tmp_path: Path) -> None:
     """What travels takes at least as long as the link needs for the bytes, but for the 256 kB that it lets through."""
-    sizes = ("--ranks", "2", "--heads", "8", "--dim", "64", "--tokens", "512", "--compute", "0.1")
+    sizes = ("--ranks", "2", "--heads", "8", "--dim", "64", "--tokens", "256", "--compute", "0.1")
     kinds = ("--against", "stand-in", "--kinds", "chunks")
     _, (result,) = results_of("overlap.py", tmp_path, *sizes, *kinds, before=tuple(ON_LINK))
-    sent = 8 * 2 * (4 * 256 * 4 * 64)  # 8 exchanges, 2 ranks, half of each one's 8 heads
+    sent = 8 * 2 * (4 * 128 * 4 * 64)  # 8 exchanges, 2 ranks, half of each one's 8 heads
     for row in result["table"].values():
         assert row["alone"] > 8 * (sent - 256 * 1024) / 200e6
