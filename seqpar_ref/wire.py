@@ -43,11 +43,11 @@ from .ragged import RaggedRows
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """The buffer of an exchange under way, and the tensors that it is unpacked to, where they are needed before.
+    """The buffer of an exchange under way, and the tensors that it is unpacked to, if they are there already.
 
-    They are where the buffer is their memory, and where what a rank keeps is copied to them. Others are made when
-    what was sent is free, so that they can have its memory. The buffer is flat, [elements]; the tensors have the
-    shapes of the cut's parts.
+    They are from the start where the buffer is their memory, or where what a rank keeps is copied to them. Others
+    are made when what was sent is free, so that they can have its memory. The buffer is flat, [elements]; the
+    tensors have the shapes of the cut's parts.
     """
 
     tensors: tuple[Tensor, ...]
