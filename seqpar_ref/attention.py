@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .agreement import Record, agree
 from .checks import check_tensor, needs_gradient, no_type_check
 from .errors import ArgumentError, ShapeError, UnsupportedError
-from .exchange import check_qkv, heads_to_sequence, qkv_to_heads
+from .exchange import heads_to_sequence, qkv_to_heads
 from .flight import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
 from .local_attention import fused_attention, fused_options
@@ -29,6 +29,7 @@ from .own_heads import OwnAttention, own_heads
 from .plan import Plan, check_plan
 from .routes import Wire, check_wire
 from .shapes import LAYOUTS, Layout, layout_of
+from .shards import check_qkv
 
 
 @no_type_check

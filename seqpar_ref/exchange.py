@@ -14,13 +14,12 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import check_choice, check_tensor, no_type_check
-from .errors import ShapeError, TensorError
+from .checks import check_tensor, no_type_check
 from .flight import Exchange, Flight, outside_graphs
-from .group import Group, GroupLike, check_size, group_of
-from .plan import Heads, Plan, check_plan
+from .group import Group, GroupLike
+from .plan import Plan
 from .routes import Load, Route, Wire, qkv_loads, routes_to_heads, wire_of
-from .shapes import Layout, layout_of
+from .shards import check_call, check_shares, check_sizes
 
 
 class Pending:
@@ -109,10 +108,10 @@ def start_sequence_to_heads(
 def _to_heads(
     shard: Tensor, plan: Plan, group: GroupLike, layout: str, heads: Literal["query", "kv"]
 ) -> tuple[Group, Route]:
-    kind, member, order = _check(plan, group, layout, heads)
+    kind, member, order = check_call(plan, group, layout, heads)
     check_tensor("shard", shard, order)
     total = plan.heads if kind == "query" else plan.kv_heads
-    _check_sizes("shard", shard, order, member.rank, len(plan.tokens_of(member.rank)), total)
+    check_sizes("shard", shard, order, member.rank, len(plan.tokens_of(member.rank)), total)
     (route,) = routes_to_heads(plan, member.rank, order, (Load((kind,), (shard.shape[3],)),), shard)
     return member, route
 
@@ -179,10 +178,10 @@ def start_heads_to_sequence(
 def _to_sequence(
     shard: Tensor, plan: Plan, group: GroupLike, layout: str, heads: Literal["query", "kv"]
 ) -> tuple[Group, Route]:
-    kind, member, order = _check(plan, group, layout, heads)
+    kind, member, order = check_call(plan, group, layout, heads)
     check_tensor("shard", shard, order)
     held = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
-    _check_sizes("shard", shard, order, member.rank, plan.tokens, len(held))
+    check_sizes("shard", shard, order, member.rank, plan.tokens, len(held))
     load = Load(("query" if kind == "query" else "kv once",), (shard.shape[3],))
     (route,) = routes_to_heads(plan, member.rank, order, (load,), shard)
     return member, route.reverse()
@@ -228,84 +227,7 @@ def qkv_to_heads(
     return Exchange.apply(member, routes, wire == "pipelined", query, key, value)
 
 
-@no_type_check
-def check_shares(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: GroupLike, layout: str
-) -> tuple[Group, Layout]:
-    """Refuse query, key and value that do not belong together, or not to this rank of the plan.
-
-    Args:
-        query, key, value: `[batch, seq_local, heads, dim]` in the order of `layout`.
-
-    Returns:
-        The group as a `Group`, and the `Layout` of that name.
-
-    Raises:
-        GroupError, LayoutError, TensorError, ShapeError, ArgumentError: with the sizes.
-    """
-    _, member, order = _check(plan, group, layout, "query")
-    check_qkv(query, key, value, order)
-    tokens = len(plan.tokens_of(member.rank))
-    _check_sizes("query", query, order, member.rank, tokens, plan.heads)
-    _check_sizes("key", key, order, member.rank, tokens, plan.kv_heads)
-    return member, order
-
-
-@no_type_check
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
-    """Refuse query, key and value that do not belong together.
-
-    Args:
-        query, key, value: four dims in the order of `layout`, of any shape.
-
-    Raises:
-        TensorError, ShapeError: with the sizes.
-    """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, layout)
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise TensorError(
-                f"query is {query.dtype} on {query.device}, {name} is {tensor.dtype} on {tensor.device}.",
-                f"Convert {name} to the dtype and device of query.",
-            )
-    for word, dim in (("batch", layout.batch), ("tokens", layout.sequence)):
-        if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
-            shapes = _shapes(query, key, value, layout)
-            raise ShapeError(f"{word} differ: {shapes}.", f"Give query, key and value the same {word}.")
-    if key.shape[layout.heads] != value.shape[layout.heads]:
-        shapes = _shapes(query, key, value, layout)
-        raise ShapeError(f"kv heads differ: {shapes}.", "Give key and value the same heads.")
-    if query.shape[3] != key.shape[3]:
-        shapes = _shapes(query, key, value, layout)
-        raise ShapeError(f"head dims differ: {shapes}.", "Give query and key the same head dim.")
-
-
-def _shapes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> str:
-    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} ({layout.name})"
-
-
 def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:
     flight = Flight(group, route)
     flight.start(*tensors)
     return Pending(flight)
-
-
-@no_type_check
-def _check(plan: Plan, group: GroupLike, layout: str, heads: Heads) -> tuple[Heads, Group, Layout]:
-    """What every exchange checks first."""
-    check_plan(plan)
-    check_choice("heads", heads, ("query", "kv"))
-    order = layout_of(layout)
-    member = group_of(group)
-    check_size(member, plan.ranks)
-    return heads, member, order
-
-
-def _check_sizes(name: str, tensor: Tensor, layout: Layout, rank: int, tokens: int, heads: int) -> None:
-    found = (tensor.shape[layout.sequence], tensor.shape[layout.heads])
-    if found != (tokens, heads):
-        raise ShapeError(
-            f"{name} is {tuple(tensor.shape)}, in {layout.name!r} {found[0]} tokens and {found[1]} heads; "
-            f"the plan says {tokens} tokens and {heads} heads on rank {rank}.",
-            "Pass a tensor of those sizes, the layout that it has, or a plan made for it.",
-        )

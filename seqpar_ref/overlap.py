@@ -35,12 +35,13 @@ from torch import Tensor
 
 from .attention import DistributedAttention
 from .checks import no_type_check
-from .exchange import Pending, check_shares, start_heads_to_sequence, start_sequence_to_heads
+from .exchange import Pending, start_heads_to_sequence, start_sequence_to_heads
 from .flight import Flight, outside_graphs
 from .group import TorchGroup
 from .own_heads import OwnAttention, own_heads
 from .plan import Plan, check_chunks
 from .routes import Load, qkv_loads, routes_to_heads, wire_of
+from .shards import check_shares
 
 
 @outside_graphs
