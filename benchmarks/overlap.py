@@ -167,8 +167,14 @@ def block_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]
     return steps
 
 
-def measure(point: Point, kind: str, compute: float | None, rounds: int, seconds: float) -> Times:
-    """One rank's part: a kind of overlap against sleeps, `compute` times as long as the exchanges, or the cores."""
+def measure(
+    point: Point, kind: str, compute: float | None, rounds: int, seconds: float
+) -> tuple[Times, float | None]:
+    """One rank's part: a kind of overlap against sleeps, `compute` times as long as the exchanges, or the cores.
+
+    Returns:
+        The times, and the seconds that a step sleeps; None where it computes on the cores.
+    """
     world = group_of(None)
     silent = SilentGroup(world.process_group, world.rank, world.size)
     groups = {"": world, SILENT: silent}  # by what stands behind a step's name
@@ -181,7 +187,9 @@ def measure(point: Point, kind: str, compute: float | None, rounds: int, seconds
         steps = block_steps(point, sleep, groups)
     else:
         steps = attention_steps(point, None if sleep is None else 4 * sleep, groups)
-    return interleaved(with_collectives(steps, silent), rounds, seconds)
+    times = interleaved(with_collectives(steps, silent), rounds, seconds)
+    # attention is 8 of them; 4 projections and their weight gradients are 8 more
+    return times, None if sleep is None else sleep * (16 if kind == "projections" else 8)
 
 
 def bound_of(name: str, point: Point) -> float:
@@ -247,9 +255,10 @@ def main() -> None:
         tokens = options.cpu_tokens if compute is None else options.tokens
         point = Point(ranks, tokens, options.heads, heads=options.heads, dim=options.dim)
         title = f"{kind}, {what}"
-        times = on_gloo(ranks, measure, point, kind, compute, options.rounds, options.seconds)
-        table = show(title, times, point)
-        results.append({"what": title, **asdict(point), "seconds": times, "table": table})
+        times, sleeps = on_gloo(ranks, measure, point, kind, compute, options.rounds, options.seconds)
+        computing = "" if sleeps is None else f" (computing takes {sleeps * 1e3:.1f} ms of a step)"
+        table = show(title + computing, times, point)
+        results.append({"what": title, **asdict(point), "sleeps": sleeps, "seconds": times, "table": table})
     if options.json:
         versions = {"torch": torch.__version__}
         Path(options.json).write_text(json.dumps({"versions": versions, "results": results}, indent=1))

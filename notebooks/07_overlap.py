@@ -221,8 +221,8 @@ traces["projections"].draw()
 traces["4 chunks"].draw()
 
 # %% [markdown]
-# The last chunk's return, forward and backward. The first chunk comes while the others are still being packed, so
-# there is next to no wait for it.
+# The last chunk's return, forward and backward. The first chunk's coming can be seen in the forward pass alone, and not
+# all of it: the next chunk is packed meanwhile.
 #
 # ## The same bits
 #

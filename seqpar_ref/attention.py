@@ -177,7 +177,8 @@ class DistributedAttention(nn.Module):
     def _other_tensors(self, args: Any, kwargs: Any) -> Iterator[Tensor]:
         """What else needs a gradient: parameters of the local attention, tensors among its arguments."""
         parameters = self.local_attention.parameters() if isinstance(self.local_attention, nn.Module) else ()
-        for leaf in (*parameters, *tree_leaves((args, kwargs))):
+        arguments = tree_leaves((args, kwargs)) if args or kwargs else ()
+        for leaf in (*parameters, *arguments):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 yield leaf
 

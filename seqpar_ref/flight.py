@@ -13,9 +13,8 @@ Source: this package's own; what it has to get right is D2, D3, D4 and D20 in do
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,9 +46,9 @@ class Flight:
     the tensors on the side of the sequence, and start or finish there together. Of stages that start together each
     leaves when the one before it has come, to travel behind what is computed with that one.
 
-    What travels behind a computation is packed before any of it is issued: packing and communication would want
-    the same memory at the same time. Where results return while chunks come, that is so for both (`packed`): from
-    the second chunk on, the next one to come is issued when the result of the one before is packed.
+    The next stage is packed before one is waited for, and issued when that one has come, all its routes together.
+    Where results return while chunks come, that is so for both (`packed`): from the second chunk on, the next one to
+    come is issued when the result of the one before is packed.
 
     Args:
         routes: of tensors that start and finish together; each route has collectives of its own.
@@ -169,9 +168,9 @@ class Flight:
         while not set(stages).isdisjoint(self._to_leave):
             self._pack_next()
         self._issue()
+        self._pack_next()
         for route, stage in itertools.product(self.routes, stages):
             self._arrive(route, stage)
-        self._pack_next()
         if not (self._waits_for_results and self._has_come):
             self._issue()
         self._has_come = True
@@ -210,8 +209,7 @@ class Flight:
         return flight
 
 
-@dataclass(frozen=True)
-class _Parcel:
+class _Parcel(NamedTuple):
     """One stage of a route, packed: what is sent and received, and what is kept (`held`) in its place (`kept`)."""
 
     key: tuple[Route, int]

@@ -28,8 +28,8 @@ its own rank; `flight.py` copies it from tensor to tensor, while the others' chu
 Source: this package's own, in the place of four helpers of `deepspeed.sequence.layer` (docs/deepspeed.md, D16).
 """
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,7 @@ from .parts import Part
 from .ragged import RaggedRows
 
 
-@dataclass(frozen=True, eq=False)
-class Received:
+class Received(NamedTuple):
     """The buffer of an exchange under way, and the tensors that it is unpacked to, if they are there already.
 
     They are from the start where the buffer is their memory, or where what a rank keeps is copied to them. Others
@@ -83,11 +82,10 @@ class Cut:
     def may_keep(self, rank: int) -> bool:
         """Whether the chunk of this rank can be left out.
 
-        It can where chunks have one size. Where memory and buffer are the same, the others' chunks have to be
-        one piece of it, so the rank must be the first or the last one.
+        It can where chunks have one size, and where those of the others are one piece without it: on the first
+        rank and on the last one.
         """
-        ends = (0, len(self.splits[0]) - 1)
-        return self.strided and (rank in ends or not self.in_order)
+        return self.strided and rank in (0, len(self.splits[0]) - 1)
 
     def pack(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int = 0) -> Shaped[Tensor, " size"]:
         """The buffer to send in that stage."""
@@ -115,7 +113,8 @@ class Cut:
 
     def chunks_of(self, received: Received, stage: int) -> Shaped[Tensor, " size"]:
         """The part of the buffer that receives the chunks of that stage."""
-        return received.buffer.narrow(0, self.begins[stage], self.sizes[stage])
+        buffer, size = received.buffer, self.sizes[stage]
+        return buffer if buffer.numel() == size else buffer.narrow(0, self.begins[stage], size)
 
     def own_pieces(self, tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...], stage: int) -> list[Tensor]:
         """What of each tensor stays on the rank `kept` in that stage, as views."""
@@ -144,20 +143,16 @@ class Cut:
         return tensor.as_strided((size,), (1,), tensor.storage_offset() + begin)
 
     def _blocks(self, stage: int) -> list[Block] | None:
-        """The pieces that travel: all ranks', or those before and those behind the one that is kept.
+        """The pieces that travel, of each tensor: all ranks', or those of all but the one that is kept.
 
         None where pieces have several sizes, or stand at several distances.
         """
         if any(part.runs.by_stage[stage].step is None for part in self.parts):
             return None
         ranks = range(len(self.splits[stage]))
-        travelling = [ranks] if self.kept is None else [ranks[: self.kept], ranks[self.kept + 1 :]]
-        return [
-            self._block(number, stage, some)
-            for number in range(len(self.parts))
-            for some in travelling
-            if some
-        ]
+        if self.kept is not None:
+            ranks = ranks[1:] if self.kept == 0 else ranks[:-1]
+        return [self._block(number, stage, ranks) for number in range(len(self.parts)) if ranks]
 
     @cached_property
     def _own_blocks(self) -> list[list[Block]]:

@@ -63,6 +63,7 @@ def test_the_overlap_benchmark(tmp_path: Path) -> None:
     _, results = results_of("overlap.py", tmp_path, *sizes)
     kinds = [f"{kind}, {what}" for what in ("stand-in x1", "cpu") for kind in ("projections", "chunks")]
     assert [result["what"] for result in results] == kinds
+    assert [result["sleeps"] is not None for result in results] == [True, True, False, False]
     bounds = {name: row["bound"] for row in (results[0]["table"], results[1]["table"]) for name, row in row.items()
               if "bound" in row}  # fmt: skip
     # 8 heads on 2 ranks: 8 chunks are 4

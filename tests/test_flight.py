@@ -106,12 +106,15 @@ def wires_recorded() -> dict[str, list[str]]:
 
 
 def test_what_each_wire_issues() -> None:
+    """One after the other: what a rank keeps, the first and the last one do, is copied while the others' travels."""
     issued = [f"issue {number}" for number in range(6)]
     waited = [f"wait {number}" for number in range(6)]
-    one_by_one = list(itertools.chain(*zip(issued, waited, strict=True)))
-    for events in on_gloo(wires_recorded, 4):
-        assert events["fused"] == one_by_one[:4]
-        assert events["separate"] == one_by_one
+    exchanged = [[f"exchange {number}"] for number in range(6)]
+    for rank, events in enumerate(on_gloo(wires_recorded, 4)):
+        one_by_one = zip(issued, waited, strict=True) if rank in (0, 3) else exchanged
+        separate = list(itertools.chain(*one_by_one))
+        assert events["separate"] == separate
+        assert events["fused"] == separate[: len(separate) // 3]
         assert events["pipelined"] == issued[:3] + waited[:3] + issued[3:] + waited[3:]
 
 

@@ -245,7 +245,7 @@ def test_the_order_of_chunks() -> None:
 
 
 def test_what_travels_together_is_packed_before_it_is_issued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second chunk on, the next one and the result that returns: pack, pack, issue, issue, attention."""
+    """From the second chunk on, the next one and the result that returns; the next one while another still travels."""
     records = [Record() for _ in range(2)]
     pack = Cut.pack
 
@@ -268,11 +268,11 @@ def test_what_travels_together_is_packed_before_it_is_issued(monkeypatch: pytest
         output.sum().backward()
         return record.events
 
-    forward = ["pack", "issue 0", "wait 0", "pack", "issue 1", "attention"]
-    forward += ["wait 1", "pack", "pack", "issue 2", "issue 3", "attention"]
+    forward = ["pack", "issue 0", "pack", "wait 0", "issue 1", "attention"]
+    forward += ["pack", "wait 1", "pack", "issue 2", "issue 3", "attention"]
     forward += ["wait 2", "pack", "issue 4", "attention", "pack", "issue 5", "wait 3", "wait 4", "wait 5"]
-    backward = ["pack", "issue 6", "wait 6", "pack", "issue 7"]
-    backward += ["wait 7", "pack", "pack", "issue 8", "issue 9"]
+    backward = ["pack", "issue 6", "pack", "wait 6", "issue 7"]
+    backward += ["pack", "wait 7", "pack", "issue 8", "issue 9"]
     backward += ["wait 8", "pack", "issue 10", "pack", "issue 11", "wait 11", "wait 10", "wait 9"]
     assert on_virtual(body, 2) == [[*forward, "backward", *backward]] * 2
 
