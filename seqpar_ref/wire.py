@@ -22,8 +22,9 @@ There are three ways to do it, tried in this order. Each writes the payload at m
 2. chunks of one size, from places at equal distances: one strided copy (`blocks.py`);
 3. ragged chunks: one copy row by row, to or from positions worked out beforehand (`ragged.py`).
 
-What a rank keeps need not pass through the buffers. With the first two ways a cut may leave out the chunk of
-its own rank; `flight.py` copies it from tensor to tensor, while the others' chunks travel.
+What a rank keeps need not pass through the buffers. With the first two ways, on the first rank and on the last
+one, a cut may leave out the chunk of its own rank; `flight.py` copies it from tensor to tensor, while the others'
+chunks travel.
 
 Source: this package's own, in the place of four helpers of `deepspeed.sequence.layer` (docs/deepspeed.md, D16).
 """
