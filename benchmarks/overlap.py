@@ -86,7 +86,12 @@ class SilentGroup(TorchGroup):
     asked: deque[tuple[int, int, list[int], list[int]]] = field(default_factory=partial(deque, maxlen=1024))
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], *_: Any
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        async_op: bool = False,
     ) -> Any:
         self.asked.append((output.numel(), input.numel(), output_splits, input_splits))
         return Done()

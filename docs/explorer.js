@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 8c5abdee98ab11e25b239d3d049ca37f30a7b12f86d33c1f13c988d214fdef03
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 27a56a57eb3d19f8ed5373a7fed62b66982d5f93d48b25ea33dd5f160b0d621c
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -33,7 +33,7 @@ var seqparExplorer = (() => {
         file: "seqpar_ref/attention.py",
         function: "DistributedAttention.exchange_and_attend",
         lines: [
-          "qkv = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)"
+          "qkv = unchecked_qkv_to_heads(query, key, value, plan, group, layout, self.wire)"
         ]
       },
       "pack in order": {
@@ -58,23 +58,23 @@ var seqparExplorer = (() => {
         ]
       },
       "in flight": {
-        file: "seqpar_ref/flight.py",
-        function: "Flight._send",
+        file: "seqpar_ref/direct.py",
+        function: "exchange",
         lines: [
-          "work = self.group.all_to_all_single(parcel.received, parcel.sent, *parcel.splits, async_op)"
+          "work = group.all_to_all_single(arriving, sent, *splits, async_op or route.keeps)"
         ]
       },
       kept: {
-        file: "seqpar_ref/flight.py",
-        function: "_Parcel.keep",
+        file: "seqpar_ref/wire.py",
+        function: "copy_kept",
         lines: [
-          "for place, piece in zip(self.kept, self.held, strict=True):",
-          "    place.copy_(piece)"
+          "for tensor, result, (block, block_there) in zip(tensors, received.tensors, blocks, strict=True):",
+          "    block_there.in_tensor(result).copy_(block.in_tensor(tensor))"
         ]
       },
       arrived: {
-        file: "seqpar_ref/flight.py",
-        function: "Flight._arrive",
+        file: "seqpar_ref/direct.py",
+        function: "exchange",
         lines: [
           "work.wait()"
         ]
@@ -137,7 +137,7 @@ var seqparExplorer = (() => {
         file: "seqpar_ref/attention.py",
         function: "DistributedAttention.exchange_and_attend",
         lines: [
-          "return heads_to_sequence(result, plan, group, layout=self.layout)"
+          "return unchecked_heads_to_sequence(result, plan, group, layout)"
         ]
       }
     },

@@ -20,14 +20,14 @@ SHOWN = {
     "shards": (
         "attention.py",
         "DistributedAttention.exchange_and_attend",
-        "qkv = qkv_to_heads(",
+        "qkv = unchecked_qkv_to_heads(",
     ),
     "pack in order": ("wire.py", "Cut.pack", "return self._without_kept("),
     "pack strided": ("wire.py", "Cut.pack", "block.in_buffer(buffer"),
     "pack ragged": ("ragged.py", "RaggedRows.write", "write_rows("),
-    "in flight": ("flight.py", "Flight._send", "work = self.group.all_to_all_single("),
-    "kept": ("flight.py", "_Parcel.keep", "for place, piece in", "place.copy_(piece)"),
-    "arrived": ("flight.py", "Flight._arrive", "work.wait()"),
+    "in flight": ("direct.py", "exchange", "work = group.all_to_all_single("),
+    "kept": ("wire.py", "copy_kept", "for tensor, result", "block_there.in_tensor("),
+    "arrived": ("direct.py", "exchange", "work.wait()"),
     "unpack in order": ("wire.py", "Cut.unpack", "if self.in_order", "return tensors"),
     "unpack strided": ("wire.py", "Cut.unpack", "for blocks in self.blocks", "block.in_tensor("),
     "unpack ragged": ("ragged.py", "RaggedRows.read", "torch.index_select("),
@@ -42,7 +42,7 @@ SHOWN = {
     "back": (
         "attention.py",
         "DistributedAttention.exchange_and_attend",
-        "return heads_to_sequence(result",
+        "return unchecked_heads_to_sequence(result",
     ),
 }
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from .agreement import Record, agree
 from .checks import check_tensor, needs_gradient, no_type_check
 from .errors import ArgumentError, ShapeError, UnsupportedError
-from .exchange import heads_to_sequence, qkv_to_heads
-from .flight import outside_graphs
+from .exchange import unchecked_heads_to_sequence, unchecked_qkv_to_heads
+from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, check_size, group_of
 from .local_attention import fused_attention, fused_options
 from .own_heads import OwnAttention, own_heads
@@ -137,7 +137,7 @@ class DistributedAttention(nn.Module):
     def exchange_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup, attend: OwnAttention
     ) -> Tensor:
-        """From the shards to the shard of the output; the sizes are checked, the plan is made.
+        """From the shards to the shard of the output, where the shards are checked and fit the plan and the group.
 
         Args:
             query, key, value: as for `forward`, `[batch, seq_local, heads, dim]` in the order of the layout.
@@ -148,13 +148,15 @@ class DistributedAttention(nn.Module):
             `[batch, seq_local, heads, value_dim]` in the order of the layout.
 
         Raises:
-            GroupError, LayoutError, TensorError, ShapeError, ArgumentError: as `qkv_to_heads`.
+            LocalAttentionError: the local attention returned something else than it should.
+            ArgumentError: the attribute `wire` was set to something else.
         """
         (own,) = own_heads(plan, group.rank)
-        qkv = qkv_to_heads(query, key, value, plan, group, layout=self.layout, wire=self.wire)
+        layout = LAYOUTS[self.layout]
+        qkv = unchecked_qkv_to_heads(query, key, value, plan, group, layout, self.wire)
         result = attend(*qkv, own)
         del qkv  # where no gradient needs them, the output's exchange can have their memory
-        return heads_to_sequence(result, plan, group, layout=self.layout)
+        return unchecked_heads_to_sequence(result, plan, group, layout)
 
     def own_attention(self, query: Tensor, args: Any, kwargs: Any) -> OwnAttention:
         """The local attention with its arguments, checked against this rank's query.

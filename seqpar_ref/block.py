@@ -19,13 +19,14 @@ from .agreement import Record, agree
 from .attention import DistributedAttention
 from .checks import DTYPES, check_choice, integers, needs_gradient, no_type_check
 from .errors import PlanError, ShapeError, TensorError
-from .flight import outside_graphs
+from .graphs import outside_graphs
 from .group import GroupLike, check_size, group_of
 from .late_weight import LateLinear
 from .overlap import behind_projections, in_chunks
 from .plan import Plan, check_chunks
 from .rotary import apply_rotary, position_ids_of
 from .shapes import LAYOUTS
+from .shards import check_shares
 
 Overlap = Literal["none", "projections", "chunks"]
 
@@ -143,6 +144,7 @@ class UlyssesBlock(nn.Module):
         else:
             query, key, value = (project() for project in projections)
             if self.overlap == "none":
+                check_shares(query, key, value, plan, group, self.attention.layout)
                 result = self.attention.exchange_and_attend(query, key, value, plan, group, attend)
                 return self.output(self._merged(result))
             pending = in_chunks(query, key, value, attend, plan, group, self.chunks)

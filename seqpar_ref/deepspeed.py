@@ -32,7 +32,7 @@ from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
 from .errors import ArgumentError
 from .exchange import heads_to_sequence, qkv_to_heads, start_sequence_to_heads
-from .flight import outside_graphs
+from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, group_of
 from .own_heads import OwnAttention, own_heads
 from .plan import Plan, check_plan

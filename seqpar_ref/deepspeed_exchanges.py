@@ -22,8 +22,10 @@ from torch import Tensor
 from .agreement import gather
 from .checks import is_dense, is_integer, needs_gradient, no_type_check
 from .device import wait_for_stream
+from .direct import Exchange
 from .errors import ArgumentError, ShapeError, TensorError
-from .flight import Exchange, Flight, outside_graphs
+from .flight import Flight
+from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, group_of
 from .plan import Plan, divide
 from .routes import Load, Route, routes_to_heads

@@ -3,8 +3,8 @@ r"""From a shard of the sequence to a shard of the heads, and back.
 $$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
 
 Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other one
-(see `flight.py`). Each function has a twin that only starts the exchange and returns a `Pending`; whatever
-runs before its `finish()` runs while the collective travels.
+(see `direct.py`). Each function has a twin that only starts the exchange and returns a `Pending`; whatever
+runs before its `finish()` runs while the collective travels (see `flight.py`).
 
 Source: DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509).
 """
@@ -15,10 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_tensor, no_type_check
-from .flight import Exchange, Flight, outside_graphs
+from .direct import Exchange
+from .flight import Flight
+from .graphs import outside_graphs
 from .group import Group, GroupLike
-from .plan import Plan
+from .plan import Heads, Plan
 from .routes import Load, Route, Wire, qkv_loads, routes_to_heads, wire_of
+from .shapes import Layout
 from .shards import check_call, check_shares, check_sizes
 
 
@@ -182,9 +185,13 @@ def _to_sequence(
     check_tensor("shard", shard, order)
     held = plan.query_heads(member.rank) if kind == "query" else plan.kv_heads_of(member.rank)
     check_sizes("shard", shard, order, member.rank, plan.tokens, len(held))
+    return member, _route_to_sequence(shard, plan, member, order, kind)
+
+
+def _route_to_sequence(shard: Tensor, plan: Plan, group: Group, layout: Layout, kind: Heads) -> Route:
     load = Load(("query" if kind == "query" else "kv once",), (shard.shape[3],))
-    (route,) = routes_to_heads(plan, member.rank, order, (load,), shard)
-    return member, route.reverse()
+    (route,) = routes_to_heads(plan, group.rank, layout, (load,), shard)
+    return route.reverse()
 
 
 @outside_graphs
@@ -221,10 +228,42 @@ def qkv_to_heads(
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
     """
     member, order = check_shares(query, key, value, plan, group, layout)
+    return unchecked_qkv_to_heads(query, key, value, plan, member, order, wire)
+
+
+@no_type_check
+def unchecked_qkv_to_heads(
+    query: Float[Tensor, "_ _ _ dim"],
+    key: Float[Tensor, "_ _ _ dim"],
+    value: Float[Tensor, "_ _ _ value_dim"],
+    plan: Plan,
+    group: Group,
+    layout: Layout,
+    wire: Wire,
+) -> tuple[Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ dim"], Float[Tensor, "_ _ _ value_dim"]]:
+    """`qkv_to_heads`, where the caller has checked the tensors, and that they fit the plan and the group.
+
+    Tensors are `[batch, seq_local, heads, dim]` in the order of the layout, results `[batch, seq, heads_local, dim]`.
+
+    Raises:
+        ArgumentError: no such `wire`.
+    """
     dims = query.shape[3], key.shape[3], value.shape[3]
-    wire = wire_of(wire, plan, query.shape[order.batch], dims, query.dtype)
-    routes = routes_to_heads(plan, member.rank, order, qkv_loads(wire, dims), query)
-    return Exchange.apply(member, routes, wire == "pipelined", query, key, value)
+    wire = wire_of(wire, plan, query.shape[layout.batch], dims, query.dtype)
+    routes = routes_to_heads(plan, group.rank, layout, qkv_loads(wire, dims), query)
+    return Exchange.apply(group, routes, wire == "pipelined", query, key, value)
+
+
+def unchecked_heads_to_sequence(
+    shard: Float[Tensor, "_ _ _ dim"], plan: Plan, group: Group, layout: Layout
+) -> Float[Tensor, "_ _ _ dim"]:
+    """`heads_to_sequence` of query heads, where the caller has checked the shard, and that it fits plan and group.
+
+    The shard is `[batch, seq, heads_local, dim]` in the order of the layout, what is returned
+    `[batch, seq_local, heads, dim]`.
+    """
+    route = _route_to_sequence(shard, plan, group, layout, "query")
+    return Exchange.apply(group, (route,), False, shard)[0]
 
 
 def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:

@@ -1,10 +1,9 @@
-"""Exchanges as autograd sees them: in one piece, or started here and finished there.
+"""An exchange in two pieces: started here and finished there, forward and backward.
 
-The gradient of an exchange is the exchange the other way. In one piece it is one autograd node, whose backward
-applies itself. In two pieces the nodes are start and finish, and the backward of each is the other: what stands
-between start and finish in the forward pass stands between the gradient's start and finish in the backward
-pass, and the collective travels behind it both times. Through autograd only an empty token goes from start to
-finish; the buffers and the Work belong to the `Flight`.
+The gradient of an exchange is the exchange the other way. Start and finish are a node of autograd each, and the
+backward of each is the other: what stands between start and finish in the forward pass stands between the gradient's
+start and finish in the backward pass, and the collective travels behind it both times. Through autograd only an empty
+token goes from start to finish; the buffers and the Work belong to the `Flight`. (In one piece: `direct.py`.)
 
 Every rank communicates, forward and backward, whatever it owns: an empty shard takes part like any other.
 
@@ -12,31 +11,16 @@ Source: this package's own; what it has to get right is D2, D3, D4 and D20 in do
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import OrderError
+from .graphs import outside_graphs, recompute_here
 from .group import Group, Work
 from .routes import Route
-from .wire import Cut, Received
-
-Eager = TypeVar("Eager", bound=Callable[..., Any])
-
-
-def outside_graphs(function: Eager) -> Eager:
-    """Under torch.compile, leave the graph for this call: a collective among ranks stays plain Python."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call  # type: ignore[return-value]
+from .wire import Cut, Received, copy_kept
 
 
 class Flight:
@@ -112,56 +96,31 @@ class Flight:
     def _pack_next(self) -> None:
         """Pack a stage, if there is one to leave."""
         if self._to_leave:
-            parcels = list(self._parcels(self._to_leave.pop(0), self._tensors))
-            for parcel in parcels:
-                parcel.keep()
-            self._packed += [(self, parcel) for parcel in parcels]
+            stage, tensors = self._to_leave.pop(0), self._tensors
+            for route in self.routes:
+                own, tensors = tensors[: route.tensors], tensors[route.tensors :]
+                self._packed.append((self, self._pack(route, stage, own)))
         if not self._to_leave:
             self._tensors = ()
 
     def _issue(self) -> None:
         """Send all that is packed."""
         while self._packed:
-            flight, parcel = self._packed.pop(0)
-            flight._send(parcel)
+            flight, (key, received, sent, splits) = self._packed.pop(0)
+            work = flight.group.all_to_all_single(received, sent, *splits, async_op=True)
+            flight._works[key] = work, sent
 
-    def exchange(self, tensors: tuple[Tensor, ...], async_op: bool) -> tuple[Tensor, ...]:
-        """Start and finish in one, without autograd, in the shapes of the routes.
-
-        Nothing else hides this communication: each route's tensors are packed while those before travel, and
-        unpacked while those behind do.
-        """
-        for parcel in self._parcels(0, tensors):
-            self._send(parcel, async_op)
-            parcel.keep()
-        del parcel  # the last one's memory is needed
-        results: list[Tensor] = []
-        for route in self.routes:
-            self._arrive(route, 0)
-            results += self._unpack(route, 0)
-        return tuple(results)
-
-    def _parcels(self, stage: int, tensors: tuple[Tensor, ...]) -> "Iterator[_Parcel]":
-        """Pack one stage, route by route."""
-        for route in self.routes:
-            own, tensors = tensors[: route.tensors], tensors[route.tensors :]
-            outgoing, place = route.outgoing_at(stage)
-            incoming, place_there = route.incoming_at(stage)
-            sent = outgoing.pack(own, place)
-            received = self._received.get(incoming)
-            if received is None:
-                received = self._received[incoming] = incoming.new_buffer(sent)
-            splits = incoming.splits[place_there], outgoing.splits[place]
-            kept: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()
-            if outgoing.kept is not None:
-                kept = incoming.own_pieces(received.tensors, place_there), outgoing.own_pieces(own, place)
-            yield _Parcel((route, stage), incoming.chunks_of(received, place_there), sent, splits, *kept)
-
-    def _send(self, parcel: "_Parcel", async_op: bool = True) -> None:
-        """Issue the collective. Where a rank keeps something, it goes on even if the caller would wait."""
-        async_op = async_op or bool(parcel.kept)
-        work = self.group.all_to_all_single(parcel.received, parcel.sent, *parcel.splits, async_op)
-        self._works[parcel.key] = work, parcel.sent
+    def _pack(self, route: Route, stage: int, tensors: tuple[Tensor, ...]) -> "_Parcel":
+        """One stage of a route, ready to be sent."""
+        outgoing, place = route.outgoing_at(stage)
+        incoming, place_there = route.incoming_at(stage)
+        sent = outgoing.pack(tensors, place)
+        received = self._received.get(incoming)
+        if received is None:
+            received = self._received[incoming] = incoming.new_buffer(sent)
+        copy_kept(outgoing, tensors, place, incoming, received, place_there)
+        splits = incoming.splits[place_there], outgoing.splits[place]
+        return _Parcel((route, stage), incoming.chunks_of(received, place_there), sent, splits)
 
     def wait(self, stages: tuple[int, ...]) -> tuple[Tensor, ...]:
         """`finish` of stages that are unpacked together, without autograd. Tensors in the shapes of the routes."""
@@ -210,19 +169,12 @@ class Flight:
 
 
 class _Parcel(NamedTuple):
-    """One stage of a route, packed: what is sent and received, and what is kept (`held`) in its place (`kept`)."""
+    """One stage of a route, packed: what is sent, and where to it is received."""
 
     key: tuple[Route, int]
     received: Tensor
     sent: Tensor
     splits: tuple[list[int], list[int]]
-    kept: Sequence[Tensor] = ()
-    held: Sequence[Tensor] = ()
-
-    def keep(self) -> None:
-        """Copy what does not travel."""
-        for place, piece in zip(self.kept, self.held, strict=True):
-            place.copy_(piece)
 
 
 class _Start(torch.autograd.Function):
@@ -251,49 +203,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _recompute_here(ctx)
+        recompute_here(ctx)
         flight = ctx.flight.gradients(ctx.stages, again=True)
         token = _Start.apply(flight, ctx.stages[::-1], *gradients)
         return None, None, *[token] * ctx.tokens
-
-
-class Exchange(torch.autograd.Function):
-    """Start and finish in one node, of tensors that go on several routes: the gradients go the other way.
-
-    `async_op`: each is packed while the one before it travels. Otherwise one goes after the other.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.reverse = group, tuple([route.reverse() for route in routes]), async_op
-        ctx.save_for_backward(tensors[0].new_empty(0))
-        return _exchange(group, routes, async_op, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _recompute_here(ctx)
-        exchange = Exchange.apply if torch.is_grad_enabled() else _exchange
-        return None, None, None, *exchange(*ctx.reverse, *gradients)
-
-
-def _exchange(
-    group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    """`Exchange` without autograd."""
-    results: list[Tensor] = []
-    for together in [routes] if async_op else [(route,) for route in routes]:
-        count = sum(route.tensors for route in together)
-        results += Flight(group, *together).exchange(tensors[:count], async_op)
-        tensors = tensors[count:]
-    return tuple(results)
-
-
-def _recompute_here(ctx: Any) -> None:
-    """Ask for the saved tensor of a node that is about to communicate.
-
-    A non-reentrant checkpoint recomputes when a saved tensor is first asked for. Each exchange saves one and
-    asks for it before it communicates, so all ranks recompute at the same collective, without heads or with.
-    """
-    _ = ctx.saved_tensors

@@ -36,7 +36,8 @@ from torch import Tensor
 from .attention import DistributedAttention
 from .checks import no_type_check
 from .exchange import Pending, start_heads_to_sequence, start_sequence_to_heads
-from .flight import Flight, outside_graphs
+from .flight import Flight
+from .graphs import outside_graphs
 from .group import TorchGroup
 from .own_heads import OwnAttention, own_heads
 from .plan import Plan, check_chunks

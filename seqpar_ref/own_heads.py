@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import needs_gradient, no_type_check
+from .checks import is_dense, needs_gradient, no_type_check
 from .errors import LocalAttentionError
 from .local_attention import check_mask, mask_of_heads
 from .plan import Plan
@@ -105,7 +105,7 @@ class OwnAttention:
         if not own.query:
             return _connected(_nothing(query, key, value), *self.others)
         nodes = {id(tensor.grad_fn): tensor for tensor in (query, key, value)}
-        links = [tensor[:0].clone() for tensor in nodes.values()]
+        links = [tensor.narrow_copy(0, 0, 0) for tensor in nodes.values()]
         kwargs = dict(self.kwargs)
         if self.mask is not None:
             kwargs["attn_mask"] = mask_of_heads(self.mask, own.query)
@@ -132,14 +132,16 @@ def _checked(result: Tensor, query: Tensor, value: Tensor, layout: Layout, free:
     """The local attention's result, in four dims."""
     batch, tokens, heads = (query.shape[dim] for dim in (layout.batch, layout.sequence, layout.heads))
     dim, dtype = value.shape[3], value.dtype
-    if free and isinstance(result, Tensor) and result.ndim in (3, 4):
+    is_tensor = isinstance(result, Tensor)
+    if not is_tensor or not is_dense(result):
+        kind = "tensor that is not dense" if is_tensor else type(result).__name__
+        expected = layout.shape(batch, tokens, heads, dim)
+        raise LocalAttentionError(
+            f"the local attention returned a {kind}.", f"Return the output, a dense tensor {expected}."
+        )
+    if free and result.ndim in (3, 4):
         dim, dtype = result.shape[-1] if result.ndim == 4 else result.shape[-1] // heads, result.dtype
     expected = layout.shape(batch, tokens, heads, dim)
-    if not isinstance(result, Tensor):
-        raise LocalAttentionError(
-            f"the local attention returned a {type(result).__name__}.",
-            f"Return the output, a tensor {expected}.",
-        )
     without_heads = tuple(size for dim, size in enumerate(expected[:3]) if dim != layout.heads)
     if result.shape == (*without_heads, heads * dim):
         result = result.unflatten(-1, (heads, dim)).movedim(2, layout.heads)
@@ -186,7 +188,7 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        links = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return gradient, *[None for _ in links]  # autograd visits the exchanges without it; zeros travel
-        return gradient, *[gradient[:0].sum() * link.exp() for link in links]
+            links = len(ctx.needs_input_grad) - 1
+            return gradient, *[None] * links  # autograd visits the exchanges without it; zeros travel
+        return gradient, *[gradient[:0].sum() * link.exp() for link in ctx.saved_tensors]

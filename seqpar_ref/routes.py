@@ -42,6 +42,11 @@ class Route:
         """How many of them travel in one stage."""
         return len(self.outgoing[0].parts)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank's own chunk is left out of what travels."""
+        return self.outgoing[0].kept is not None
+
     def reverse(self) -> "Route":
         """The way back."""
         return Route(self.incoming, self.outgoing)

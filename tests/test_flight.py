@@ -23,6 +23,7 @@ from seqpar_ref import (
     start_heads_to_sequence,
     start_sequence_to_heads,
 )
+from seqpar_ref.direct import exchange
 from seqpar_ref.errors import OrderError, ShapeError
 from seqpar_ref.flight import Flight
 from seqpar_ref.group import group_of
@@ -437,5 +438,5 @@ def test_memory_of_pipelined_exchanges(rank: int, there: float, back: float) -> 
         (by_tokens, routes, there),
         (by_heads, [route.reverse() for route in routes], back),
     ):
-        flight = Flight(NothingTravels(rank), *directions)
-        assert most_memory(partial(flight.exchange, (tensor,) * 3, True)) == tensors * tensor.nbytes
+        pipelined = partial(exchange, NothingTravels(rank), tuple(directions), True, *(tensor,) * 3)
+        assert most_memory(pipelined) == tensors * tensor.nbytes

@@ -435,6 +435,10 @@ def test_what_the_block_refuses() -> None:
                 block([1.0])
             with pytest.raises(ArgumentError, match="default local attention"):
                 block(x, causal=True)
+            if overlap != "projections":
+                block.value.register_forward_hook(lambda module, given, made: made.float())
+                with pytest.raises(TensorError, match=r"value is torch\.float32"):
+                    block(x)
 
     on_virtual(body, 4)
 

@@ -333,6 +333,7 @@ RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "another dtype": (lambda q: q.double(), "torch.float64"),
     "another head dim": (lambda q: q[..., :2], "(2, 5, 6, 2)"),
     "another order": (lambda q: q.transpose(1, 2), "(2, 6, 5, 4)"),
+    "sparse": (lambda q: q.to_sparse(), "a tensor that is not dense"),
     "merged otherwise": (lambda q: q.flatten(0, 1), "(10, 6, 4)"),
 }
 
