@@ -61,6 +61,6 @@ def exchange(group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: 
             work, sent, incoming, received = under_way.pop(0)
             if work is not None:
                 work.wait()
-            del sent  # what is unpacked can have its memory
+            del sent, work  # so that what is unpacked can have the memory
             results += incoming.unpack(received)
     return tuple(results)

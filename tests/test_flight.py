@@ -413,25 +413,34 @@ def most_memory(exchange: Callable[[], object]) -> int:
 
 
 # The first rank keeps its quarter, so it needs 3 results and 3 buffers of 3/4 each. The second one sends itself what
-# it keeps: 3 buffers and 3 results there; back, each result takes the place of a buffer.
-@pytest.mark.parametrize("rank, there, back", [(0, 5.25, 5.25), (1, 6, 4)])
-def test_memory_of_pipelined_exchanges(rank: int, there: float, back: float) -> None:
+# it keeps: 3 buffers and 3 results there; back, each result takes the place of a buffer. In a batch of two no tensor is
+# a buffer: 3 are sent and 3 received, and each result takes the place of what was sent.
+@pytest.mark.parametrize("rank, batch, there, back", [(0, 1, 5.25, 5.25), (1, 1, 6, 4), (1, 2, 6, 6)])
+def test_memory_of_pipelined_exchanges(rank: int, batch: int, there: float, back: float) -> None:
     """In tensors of one size. What was sent and what is unpacked leave their memory to what comes next."""
+
+    @dataclass(frozen=True)
+    class KeepsBuffers:
+        given: tuple[Any, ...]
+
+        def wait(self) -> bool:
+            return True
 
     @dataclass(frozen=True)
     class NothingTravels:
         rank: int
         size: int = 4
 
-        def all_to_all_single(self, *buffers: Any) -> None:
-            """Sends nothing, at once."""
+        def all_to_all_single(self, *given: Any) -> Any:
+            """Sends nothing, at once. Like gloo's, what it returns has the buffers too."""
+            return KeepsBuffers(given)
 
         def all_gather_integers(self, record: list[int], device: torch.device) -> list[list[int]]:
             """As if all had the same."""
             return [record] * self.size
 
     plan = make_plan(ranks=4, heads=4, tokens=1024)
-    by_tokens, by_heads = torch.ones(1, 256, 4, 64), torch.ones(1, 1024, 1, 64)
+    by_tokens, by_heads = torch.ones(batch, 256, 4, 64), torch.ones(batch, 1024, 1, 64)
     loads = qkv_loads("pipelined", (64, 64, 64))
     routes = routes_to_heads(plan, rank, LAYOUTS["b s h d"], loads, by_tokens)
     for tensor, directions, tensors in (
