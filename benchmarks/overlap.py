@@ -12,6 +12,7 @@ step runs twice over:
 - "stand-in": the computation is a sleep, as if a device computed by itself. Its length follows from the exchanges of
   the plain step, packing included, `--compute` times: attention takes as long as all four exchanges of a pass, each
   projection and each weight gradient as long as one.
+  The step in 8 chunks is there as one would write it by hand, too (`chunks_by_hand.py`).
 - "cpu": matrix products and scaled_dot_product_attention on the same cores. gloo wants these cores as well.
 
 What can be hidden at most: behind projections 2 of 4 exchanges forward and 3 of 4 backward; in C chunks of heads
@@ -43,6 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.chunks_by_hand import one_pass
 from benchmarks.rounds import Step, Times, interleaved, on_gloo, quartiles
 from benchmarks.variants import Point, plan_of
 from seqpar_ref import ChunkedAttention, DistributedAttention, UlyssesBlock
@@ -50,6 +52,7 @@ from seqpar_ref.group import TorchGroup, group_of
 from seqpar_ref.local_attention import fused_attention
 
 CHUNKS = (2, 4, 8)
+BY_HAND = f"{max(CHUNKS)} by hand"
 SILENT = ", silent"  # behind the name of a step that sends nothing
 ALONE = ", alone"  # behind the name of a step: its collectives and nothing else
 PROJECTIONS_BOUND = 5 / 8
@@ -146,10 +149,33 @@ def attention_steps(point: Point, sleep: float | None, groups: dict[str, TorchGr
         modules[f"plain{silent}"] = DistributedAttention(local, group, plan=plan)
         for chunks in CHUNKS:
             modules[f"{chunks} chunks{silent}"] = ChunkedAttention(local, group, plan=plan, chunks=chunks)
-    return {
+    steps: dict[str, Step] = {
         name: lambda module=module: torch.autograd.grad(module(*shards), shards, gradient)  # type: ignore[misc]
         for name, module in modules.items()
     }
+    if sleep is not None:
+        for silent, group in groups.items():
+            steps[BY_HAND + silent] = partial(step_by_hand, group, shards, gradient, sleep, own_heads)
+    return steps
+
+
+def step_by_hand(
+    group: TorchGroup, shards: list[Tensor], gradient: Tensor, sleep: float, own_heads: int
+) -> list[Tensor]:
+    """The step in chunks, written by hand; gradients of query, key and value."""
+    chunks, kept = min(max(CHUNKS), own_heads), {}
+
+    def attend(chunk: int, query: Tensor, *others: Tensor) -> list[Tensor]:
+        kept[chunk] = others
+        time.sleep(sleep / chunks)
+        return [query]
+
+    def attend_back(chunk: int, gradient: Tensor) -> list[Tensor]:
+        time.sleep(sleep / chunks)
+        return [gradient, *kept[chunk]]
+
+    one_pass(group, [shard.detach() for shard in shards], 1, chunks, attend)
+    return one_pass(group, [gradient], 3, chunks, attend_back)
 
 
 def block_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]) -> dict[str, Step]:
@@ -192,9 +218,18 @@ def measure(
         steps = block_steps(point, sleep, groups)
     else:
         steps = attention_steps(point, None if sleep is None else 4 * sleep, groups)
+        check_equal({name: step for name, step in steps.items() if not name.endswith(SILENT)})
     times = interleaved(with_collectives(steps, silent), rounds, seconds)
     # attention is 8 of them; 4 projections and their weight gradients are 8 more
     return times, None if sleep is None else sleep * (16 if kind == "projections" else 8)
+
+
+def check_equal(steps: dict[str, Step]) -> None:
+    """Each step's gradients are those of the plain step, bit for bit."""
+    expected = steps["plain"]()
+    for name, step in steps.items():
+        if not all(map(torch.equal, step(), expected)):
+            raise AssertionError(f"{name} differs from the plain step")
 
 
 def bound_of(name: str, point: Point) -> float:
