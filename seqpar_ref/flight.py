@@ -169,7 +169,7 @@ class Flight:
 
 
 class _Parcel(NamedTuple):
-    """One stage of a route, packed: what is sent, and where to it is received."""
+    """One stage of a route, packed: what is sent, and the memory for what comes."""
 
     key: tuple[Route, int]
     received: Tensor
