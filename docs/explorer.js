@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: 27a56a57eb3d19f8ed5373a7fed62b66982d5f93d48b25ea33dd5f160b0d621c
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: d652d45f0b14bdb03816797c9f148a9772ac331d4e65feea3f7c44ded311e110
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -65,8 +65,8 @@ var seqparExplorer = (() => {
         ]
       },
       kept: {
-        file: "seqpar_ref/wire.py",
-        function: "copy_kept",
+        file: "seqpar_ref/routes.py",
+        function: "Route.copy_kept",
         lines: [
           "for tensor, result, (block, block_there) in zip(tensors, received.tensors, blocks, strict=True):",
           "    block_there.in_tensor(result).copy_(block.in_tensor(tensor))"

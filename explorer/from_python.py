@@ -26,7 +26,7 @@ SHOWN = {
     "pack strided": ("wire.py", "Cut.pack", "block.in_buffer(buffer"),
     "pack ragged": ("ragged.py", "RaggedRows.write", "write_rows("),
     "in flight": ("direct.py", "exchange", "work = group.all_to_all_single("),
-    "kept": ("wire.py", "copy_kept", "for tensor, result", "block_there.in_tensor("),
+    "kept": ("routes.py", "Route.copy_kept", "for tensor, result", "block_there.in_tensor("),
     "arrived": ("direct.py", "exchange", "work.wait()"),
     "unpack in order": ("wire.py", "Cut.unpack", "if self.in_order", "return tensors"),
     "unpack strided": ("wire.py", "Cut.unpack", "for blocks in self.blocks", "block.in_tensor("),

@@ -14,7 +14,6 @@ from torch import Tensor
 from .graphs import recompute_here
 from .group import Group
 from .routes import Route
-from .wire import copy_kept
 
 
 class Exchange(torch.autograd.Function):
@@ -55,7 +54,7 @@ def exchange(group: Group, routes: tuple[Route, ...], async_op: bool, *tensors: 
             received = incoming.new_buffer(sent)
             arriving, splits = incoming.chunks_of(received, 0), (incoming.splits[0], outgoing.splits[0])
             work = group.all_to_all_single(arriving, sent, *splits, async_op or route.keeps)
-            copy_kept(outgoing, own, 0, incoming, received, 0)  # meanwhile
+            route.copy_kept(0, own, received)  # meanwhile
             under_way.append((work, sent, incoming, received))
         while under_way:
             work, sent, incoming, received = under_way.pop(0)

@@ -20,7 +20,7 @@ from .errors import OrderError
 from .graphs import outside_graphs, recompute_here
 from .group import Group, Work
 from .routes import Route
-from .wire import Cut, Received, copy_kept
+from .wire import Cut, Received
 
 
 class Flight:
@@ -118,7 +118,7 @@ class Flight:
         received = self._received.get(incoming)
         if received is None:
             received = self._received[incoming] = incoming.new_buffer(sent)
-        copy_kept(outgoing, tensors, place, incoming, received, place_there)
+        route.copy_kept(stage, tensors, received)
         splits = incoming.splits[place_there], outgoing.splits[place]
         return _Parcel((route, stage), incoming.chunks_of(received, place_there), sent, splits)
 

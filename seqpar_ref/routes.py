@@ -16,7 +16,7 @@ from .checks import check_choice, no_type_check
 from .parts import Part
 from .plan import Heads, Plan
 from .shapes import Layout
-from .wire import Cut
+from .wire import Cut, Received
 
 MOST_KEPT_RANKS = 256
 FUSED_UP_TO = 2**20
@@ -46,6 +46,19 @@ class Route:
     def keeps(self) -> bool:
         """Whether this rank's own chunk is left out of what travels."""
         return self.outgoing[0].kept is not None
+
+    def copy_kept(self, stage: int, tensors: tuple[Tensor, ...], received: Received) -> None:
+        """Copy this rank's own chunk, if it is left out, from what is sent to what is received.
+
+        The tensors are those that the stage is packed from, `[batch, seq, heads, dim]` in any layout; `stage` counts
+        from 0.
+        """
+        if not self.keeps:
+            return
+        (outgoing, place), (incoming, place_there) = self.outgoing_at(stage), self.incoming_at(stage)
+        blocks = zip(outgoing.own_blocks[place], incoming.own_blocks[place_there], strict=True)
+        for tensor, result, (block, block_there) in zip(tensors, received.tensors, blocks, strict=True):
+            block_there.in_tensor(result).copy_(block.in_tensor(tensor))
 
     def reverse(self) -> "Route":
         """The way back."""

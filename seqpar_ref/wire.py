@@ -23,7 +23,7 @@ There are three ways to do it, tried in this order. Each writes the payload at m
 3. ragged chunks: one copy row by row, to or from positions worked out beforehand (`ragged.py`).
 
 What a rank keeps need not pass through the buffers. With the first two ways, on the first rank and on the last
-one, a cut may leave out the chunk of its own rank, and `copy_kept` copies it from tensor to tensor.
+one, a cut may leave out the chunk of its own rank, and `Route.copy_kept` copies it from tensor to tensor.
 
 Source: this package's own, in the place of four helpers of `deepspeed.sequence.layer` (docs/deepspeed.md, D16).
 """
@@ -165,23 +165,3 @@ class Cut:
         part, place = self.parts[number], int(self.starts[number, stage, ranks.start])
         runs, distance = part.runs.by_stage[stage], max(self.splits[stage])
         return block_of(number, part.travelling, self.dim, runs, ranks, place, distance)
-
-
-def copy_kept(
-    outgoing: Cut,
-    tensors: tuple[Shaped[Tensor, "_ _ _ _"], ...],
-    stage: int,
-    incoming: Cut,
-    received: Received,
-    stage_there: int,
-) -> None:
-    """Copy what the cuts leave out, if they do, from the tensors that are sent to those that are received.
-
-    The tensors have the shapes of the cuts' parts, `[batch, seq, heads, dim]` in any layout. `stage` is one of the cut
-    `outgoing`, `stage_there` one of the cut `incoming`.
-    """
-    if outgoing.kept is None:
-        return
-    blocks = zip(outgoing.own_blocks[stage], incoming.own_blocks[stage_there], strict=True)
-    for tensor, result, (block, block_there) in zip(tensors, received.tensors, blocks, strict=True):
-        block_there.in_tensor(result).copy_(block.in_tensor(tensor))

@@ -350,7 +350,9 @@ def test_the_whole_command_on_four_gloo_processes(tmp_path):
     command += ["-m", "seqpar_ref.validate", "--backend", "gloo", "--json", str(tmp_path / "json")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=115, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.returncode == 0, (
+        done.stderr[-4000:] + done.stdout
+    )  # its own words last: a log may keep no more
     found = json.loads((tmp_path / "json").read_text())
     assert found["passed"] and found["error"] is None
     assert [row["name"] for row in found["cases"]] == [case.name for case in cases_for(4)]
