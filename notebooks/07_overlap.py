@@ -117,10 +117,10 @@ class NotedWork:
 
 # %%
 class NotingGroup(TorchGroup):
-    def all_to_all_single(self, *buffers):
+    def all_to_all_single(self, *buffers, async_op=False):
         number = sum(text.startswith("start") for text in notes)
         note(f"start {number}")
-        return NotedWork(super().all_to_all_single(*buffers), number)
+        return NotedWork(super().all_to_all_single(*buffers, async_op=async_op), number)
 
 
 # %% [markdown]

@@ -42,6 +42,21 @@ class AwakeClock:
         return self.now
 
 
+class CountingStore:
+    """A store, and how many times it has answered."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.answers = store, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*given: Any) -> Any:
+            answer = getattr(self._store, name)(*given)
+            self.answers += 1
+            return answer
+
+        return ask
+
+
 class Watch:
     """Started before the process group is made, finished after it is gone. Made by the main thread.
 
@@ -57,10 +72,10 @@ class Watch:
         self.interval = min(0.5, timeout / 20)
         self.grace = min(2.0, timeout / 4)  # for a word from everyone, once someone is in trouble
         store: Any = dist.PrefixStore("watch", meeting.store)
-        self._store = store.clone()  # a connection of its own: another one may be busy for long
+        self._store = CountingStore(store.clone())  # its own connection: another one may be busy for long
         self._clock = AwakeClock(3 * self.interval)  # of the thread that talks
         self._seen = [Seen() for _ in range(meeting.size)]
-        self._answers, self._moved = 0, 0.0
+        self._moved = 0.0
         self._step, self._steps, self._main = "the beginning", 0, threading.main_thread().ident
         self._trouble: str | None = None  # this rank's, that may come from another one
         self._failure: str | None = None  # this rank's own
@@ -97,6 +112,7 @@ class Watch:
         self._finishing.set()
         self._finished.wait()
         signal.set_wakeup_fd(-1)
+        self._wakeup.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -115,7 +131,6 @@ class Watch:
             except Exception as error:
                 gone = f"{self.meeting.keeper}, which keeps the store, is gone: {first_line(error)}"
                 self._end(gone, store_answers=False)
-            self._answers += 1
             if verdict:
                 self._end(verdict, store_answers=True)
             time.sleep(self.interval)
@@ -133,14 +148,15 @@ class Watch:
             except TimeoutError:
                 pass
             now = clock.tick()
-            if self._answers != answers:
-                answers, answered_at = self._answers, now
+            if self._store.answers != answers:
+                answers, answered_at = self._store.answers, now
             if now - answered_at > self.timeout / 2:
                 self._end(
                     f"{self.meeting.keeper}, which keeps the store, has not answered for {now - answered_at:.0f} s: "
                     "it is stopped, or the network to it is down",
                     store_answers=False,
                 )
+        self._signals.close()
 
     def _round(self, now: float) -> str | None:
         """Say where this rank stands, look where the others do. Returns the verdict if there is one."""

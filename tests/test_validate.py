@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 from seqpar_ref import cli, validate, validate_body, validate_errors
 from seqpar_ref.checks import DTYPES
 from seqpar_ref.errors import ArgumentError
+from seqpar_ref.rendezvous import Meeting
 from seqpar_ref.validate import Options
 from seqpar_ref.validate_body import VARIANTS
 from seqpar_ref.validate_cases import cases_for, sequence_of
 from seqpar_ref.validate_judge import judge, planned_bytes
 from seqpar_ref.validate_oracle import one_device
 from seqpar_ref.validate_virtual import run_on_virtual_ranks
+from seqpar_ref.watch import Watch
 from tests import oracle
 from tests.validate_faults import RANKS, SCENARIOS, TIMEOUT
 
@@ -428,6 +431,31 @@ def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario)
         )  # rank 0 may be judging the fifth at that moment
         assert len(report["cases"]) in ({0} if scenario == "never comes" else judged)
         assert report["cases_expected"] == 15
+
+
+class SlowStore:
+    """Each answer takes 0.35 s."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def clone(self):
+        return self
+
+    def __getattr__(self, name):
+        time.sleep(0.35)
+        return getattr(self.store, name)
+
+
+def test_a_store_that_answers_slowly_is_not_said_to_have_stopped(monkeypatch):
+    """A round of 7 questions takes longer than half of the timeout, no answer does."""
+    ended = []
+    monkeypatch.setattr(Watch, "_end", lambda watch, verdict, store_answers: ended.append(verdict))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: SlowStore(store))
+    watch = Watch(Meeting(dist.HashStore(), 0, 1, "rank 0", True), 4.0, ended.append)
+    watch.wait_for_everyone()
+    watch.finish()
+    assert ended == []
 
 
 @pytest.mark.torchrun
