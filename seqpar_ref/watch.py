@@ -84,8 +84,9 @@ class Watch:
         self._everyone, self._finishing, self._finished = (threading.Event() for _ in range(3))
         self._ending = threading.Lock()
         self._listen_to_signals()
-        for target in (self._talk, self._guard):
-            threading.Thread(target=target, daemon=True).start()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def step(self, doing: str) -> None:
         """Say what this rank does next. Each step has to end within 0.8 of the timeout."""
@@ -112,9 +113,12 @@ class Watch:
         self._finishing.set()
         self._finished.wait()
         signal.set_wakeup_fd(-1)
-        self._wakeup.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._signals, self._wakeup):
+            end.close()
 
     def _listen_to_signals(self) -> None:
         """A handler in Python would wait for the collective; the socket is written to at once."""
@@ -156,7 +160,6 @@ class Watch:
                     "it is stopped, or the network to it is down",
                     store_answers=False,
                 )
-        self._signals.close()
 
     def _round(self, now: float) -> str | None:
         """Say where this rank stands, look where the others do. Returns the verdict if there is one."""
