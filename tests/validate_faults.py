@@ -2,8 +2,8 @@
 
 A script of its own, so that PyTorch is imported once: python tests/validate_faults.py FOLDER. Every scenario has
 three ranks, forked from here and started by the environment variables alone, without torchrun. The scenarios run at
-the same time, because they wait most of the time. They start one after the other: 33 processes that start at once keep
-a thread of one from the cores for seconds, and nobody can tell it from one that is stopped.
+the same time, because they wait most of the time. They start one after the other: where many processes start at once, a
+thread of one may wait for a core for seconds, and nobody can tell it from one that is stopped.
 """
 
 import json
