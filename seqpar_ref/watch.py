@@ -43,7 +43,7 @@ class AwakeClock:
 
 
 class CountingStore:
-    """A store, and how many times it has answered."""
+    """A store, and how many of its calls have returned. None that asks returns where the store is stopped."""
 
     def __init__(self, store: Any) -> None:
         self._store, self.answers = store, 0
