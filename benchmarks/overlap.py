@@ -190,12 +190,21 @@ def block_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]
         options: Any = {"theta": None, "local_attention": local, "overlap": overlap, "group": group}
         block = UlyssesBlock(*sizes, plan=plan_of(point), **options)
         if sleep is not None:
-            for projection in (block.query, block.key, block.value, block.output):
+            for projection in (block.query, block.key, block.value):
                 projection.register_forward_hook(lambda *_: time.sleep(sleep))
+            for projection in (block.query, block.key, block.value, block.output):
                 projection.weight.register_hook(lambda _: time.sleep(sleep))
         x = torch.randn(point.batch, point.tokens // point.ranks, width)
-        steps[name + silent] = lambda block=block, x=x: block(x).sum().backward()  # type: ignore[misc]
+        steps[name + silent] = partial(block_step, block, x, sleep)
     return steps
+
+
+def block_step(block: UlyssesBlock, x: Tensor, sleep: float | None) -> None:
+    """Forward and backward. The output projection sleeps behind the block, because with a hook it would be called as it is."""
+    output = block(x)
+    if sleep is not None:
+        time.sleep(sleep)
+    output.sum().backward()
 
 
 def measure(

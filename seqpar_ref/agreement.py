@@ -7,14 +7,14 @@ whose own sizes did not change still learns that another's did.
 Source: this package's own; DeepSpeed's issues #7384 and #7842 show what happens without (D14).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .checks import DTYPES
+from .checks import DTYPES, needs_gradient
 from .errors import RankMismatchError
 from .group import Group
 from .plan import Plan, make_plan
@@ -31,7 +31,7 @@ class Record:
         head_dim, value_dim: elements of one query or key vector, and of one value vector.
         batch: rows of the batch.
         dtype, layout: positions in DTYPES and LAYOUTS.
-        requires_grad: 1 where a gradient is needed, else 0.
+        requires_grad: whose gradients travel, see `gradients`.
     """
 
     tokens: int
@@ -45,9 +45,7 @@ class Record:
     requires_grad: int
 
     @classmethod
-    def of(
-        cls, query: Tensor, layout: Layout, kv_heads: int, value_dim: int, requires_grad: bool
-    ) -> "Record":
+    def of(cls, query: Tensor, layout: Layout, kv_heads: int, value_dim: int, requires_grad: int) -> "Record":
         """The record of a rank whose query is `[batch, seq_local, heads, dim]` in the order of `layout`."""
         return cls(
             tokens=query.shape[layout.sequence],
@@ -58,8 +56,18 @@ class Record:
             batch=query.shape[layout.batch],
             dtype=DTYPES.index(query.dtype),
             layout=list(LAYOUTS).index(layout.name),
-            requires_grad=int(requires_grad),
+            requires_grad=requires_grad,
         )
+
+
+def gradients(shares: Iterable[Tensor], others: Iterable[Tensor]) -> int:
+    """Whose gradients travel: 2 for those of query, key, value and output, 1 for the output's alone, 0 for none.
+
+    Args:
+        shares: query, key and value, of any shape, or what they are computed from.
+        others: what the local attention is given beside.
+    """
+    return 2 if needs_gradient(*shares) else int(needs_gradient(*others))
 
 
 def agree(group: Group, record: Record, device: torch.device) -> Plan:
@@ -115,5 +123,5 @@ def _readable(name: str, value: int) -> str:
     if name == "layout":
         return repr(list(LAYOUTS)[value])
     if name == "requires_grad":
-        return "needed" if value else "not needed"
+        return ("not needed", "needed by the local attention alone", "needed")[value]
     return str(value)

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .agreement import Record, agree
-from .checks import check_tensor, needs_gradient, no_type_check
+from .agreement import Record, agree, gradients
+from .checks import check_tensor, no_type_check
 from .errors import ArgumentError, ShapeError, UnsupportedError
 from .exchange import unchecked_heads_to_sequence, unchecked_qkv_to_heads
 from .graphs import outside_graphs
@@ -48,7 +48,8 @@ class DistributedAttention(nn.Module):
             given.
         layout: "b s h d", "s b h d" or "b h s d".
         plan: who owns what. Without one the ranks exchange a record of 72 bytes with each other in every
-            call, and plan from those (see `agreement.py`).
+            call, and plan from those (see `agreement.py`). With one they tell each other nothing, and have to agree
+            in batch, dims, dtype, and whether query, key or value need a gradient.
         wire: how query, key and value travel, see `qkv_to_heads`; chosen by size unless given.
 
     The module keeps no state between calls: one module may serve several micro-batches at a time, and modules
@@ -124,8 +125,8 @@ class DistributedAttention(nn.Module):
         query, key, value = _autocast(query, key, value)
         attend = self.own_attention(query, args, kwargs)
         if self.plan is None:
-            gradient = needs_gradient(query, key, value, *attend.others)
-            record = Record.of(query, layout, key.shape[layout.heads], value.shape[3], gradient)
+            needed = gradients((query, key, value), attend.others)
+            record = Record.of(query, layout, key.shape[layout.heads], value.shape[3], needed)
             plan = agree(group, record, query.device)
         else:
             plan = self.plan

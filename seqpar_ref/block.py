@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .agreement import Record, agree
+from .agreement import Record, agree, gradients
 from .attention import DistributedAttention
 from .checks import DTYPES, check_choice, integers, needs_gradient, no_type_check
 from .errors import PlanError, ShapeError, TensorError
@@ -55,6 +55,11 @@ class UlyssesBlock(nn.Module):
     The parameters are those of four `nn.Linear`: query [heads * head_dim, width], key and value
     [kv_heads * head_dim, width], output [width, heads * head_dim]. Each rank has all of them, and its
     gradients are those of its own tokens: sum them over the group, as data parallelism does.
+
+    With an overlap the output projection's weight gradient is computed by `LateLinear`, where that projection is an
+    `nn.Linear` without hooks. Anything else in its place (an adapter, a pruned layer) is called like the other three,
+    and nothing runs while the output's gradient travels. Under autocast `LateLinear` sums the weight gradients of
+    several calls in the parameters' dtype, not in the half type.
 
     Raises:
         PlanError, LayoutError, ArgumentError, GroupError: sizes that do not belong together, an unknown layout or
@@ -124,11 +129,12 @@ class UlyssesBlock(nn.Module):
         self._check(x)
         group = group_of(self.attention.group)
         query = self._projected(x, self.query)
+        sources = (x, query, *self.key.parameters(), *self.value.parameters())
         attend = self.attention.own_attention(query, args, kwargs)
         plan = self.attention.plan
         if plan is None:
-            layout, gradient = LAYOUTS[self.attention.layout], needs_gradient(x, *self.parameters())
-            plan = agree(group, Record.of(query, layout, self.kv_heads, self.head_dim, gradient), x.device)
+            layout, needed = LAYOUTS[self.attention.layout], gradients(sources, attend.others)
+            plan = agree(group, Record.of(query, layout, self.kv_heads, self.head_dim, needed), x.device)
         check_size(group, plan.ranks)
         attend.check(plan)
         self._check_tokens(query, plan.tokens_by_rank[group.rank], group.rank)
@@ -140,7 +146,7 @@ class UlyssesBlock(nn.Module):
             lambda: self._projected(x, self.value),
         )
         if self.overlap == "projections":
-            pending = behind_projections(projections, attend, plan, group)
+            pending = behind_projections(projections, attend, plan, group, needs_gradient(*sources))
         else:
             query, key, value = (project() for project in projections)
             if self.overlap == "none":
@@ -148,7 +154,8 @@ class UlyssesBlock(nn.Module):
                 result = self.attention.exchange_and_attend(query, key, value, plan, group, attend)
                 return self.output(self._merged(result))
             pending = in_chunks(query, key, value, attend, plan, group, self.chunks)
-        output = LateLinear(*self._output_parameters(query.dtype))
+        late = _is_plain(self.output)
+        output = LateLinear(*self._output_parameters(query.dtype)) if late else self.output
         return output(self._merged(pending.finish()))
 
     def _projected(self, x: Tensor, projection: nn.Linear) -> Tensor:
@@ -199,3 +206,9 @@ class UlyssesBlock(nn.Module):
     def extra_repr(self) -> str:
         """What print(module) shows beside the projections."""
         return f"overlap={self.overlap!r}" + (f", chunks={self.chunks}" if self.overlap == "chunks" else "")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling it is the product with its weight, and its bias, and nothing else."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .agreement import gradients
 from .attention import DistributedAttention as CoreAttention
-from .checks import is_integer, needs_gradient, no_type_check
+from .checks import is_integer, no_type_check
 from .deepspeed_exchanges import (
     WithGradient,
     _DimZeroAllToAll,
@@ -31,7 +32,7 @@ from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
 from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
 from .errors import ArgumentError
-from .exchange import heads_to_sequence, qkv_to_heads, start_sequence_to_heads
+from .exchange import followed, heads_to_sequence, qkv_to_heads, start_sequence_to_heads
 from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, group_of
 from .own_heads import OwnAttention, own_heads
@@ -159,11 +160,12 @@ class DistributedAttention(nn.Module):
         group = group_of(self.spg)
         core = CoreAttention(self.local_attn, group, layout=layout.name)
         attend = core.own_attention(query, args, kwargs)
-        gradient = needs_gradient(query, key, value, *attend.others)
-        plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, gradient)
+        needed = gradients((query, key, value), attend.others)
+        plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, needed)
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)
-        query, key, value = _travel(shards, plan, kv_plan, group, layout, apart=self.sp_stream is not None)
+        apart = self.sp_stream is not None
+        query, key, value = _travel(shards, plan, kv_plan, group, layout, apart, needed == 2)
         context, merge = _attend(attend, query, key, value, plan, group)
         if self.sp_stream is not None:
             context = WithGradient.apply(context, lambda gradient: wait_for_stream(self.sp_stream))
@@ -208,9 +210,15 @@ class DistributedAttention(nn.Module):
 
 
 def _travel(
-    shards: Iterator[Tensor], plan: Plan, kv_plan: Plan, group: TorchGroup, layout: Layout, apart: bool
+    shards: Iterator[Tensor],
+    plan: Plan,
+    kv_plan: Plan,
+    group: TorchGroup,
+    layout: Layout,
+    apart: bool,
+    needed: bool,
 ) -> Sequence[Tensor]:
-    """Query, key and value from a shard of the sequence to a shard of the heads."""
+    """Query, key and value from a shard of the sequence to a shard of the heads; if needed, all gradients back."""
     if not apart:
         query, key, value = shards
         if kv_plan == plan and query.dtype == key.dtype == value.dtype:
@@ -218,7 +226,7 @@ def _travel(
         shards = iter((query, key, value))
     kinds: Sequence[Literal["query", "kv"]] = ("query", "kv", "kv")
     started = [
-        start_sequence_to_heads(shard, own_plan, group, layout=layout.name, heads=heads)
+        start_sequence_to_heads(followed(shard, needed), own_plan, group, layout=layout.name, heads=heads)
         for shard, own_plan, heads in zip(shards, (plan, kv_plan, kv_plan), kinds, strict=True)
     ]
     return [pending.finish() for pending in started]

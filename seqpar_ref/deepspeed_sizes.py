@@ -59,7 +59,7 @@ def plans_of(
     layout: Layout,
     group: TorchGroup,
     plan: Plan | None,
-    requires_grad: bool,
+    requires_grad: int,
 ) -> tuple[Plan, Plan]:
     """Who owns what of the query, and of key and value. They differ in tokens where attention is cross attention.
 
@@ -69,7 +69,7 @@ def plans_of(
         query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
         group: the ranks that share the sequence.
         plan: one made beforehand, for both; None to make them here.
-        requires_grad: whether any of what is passed needs a gradient.
+        requires_grad: whose gradients travel, see `agreement.gradients`.
 
     Raises:
         RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.

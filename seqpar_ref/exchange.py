@@ -4,7 +4,8 @@ $$A[B, S_P, H, D] \leftrightarrow A[B, S, H_P, D]$$
 
 Each direction is pack, one all-to-all, unpack (see `wire.py`). The gradient of one direction is the other one
 (see `direct.py`). Each function has a twin that only starts the exchange and returns a `Pending`; whatever
-runs before its `finish()` runs while the collective travels (see `flight.py`).
+runs before its `finish()` runs while the collective travels (see `flight.py`). A shard that needs no gradient
+has no exchange in the backward pass, so each shard has to need one on all ranks or on none.
 
 Source: DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509).
 """
@@ -264,6 +265,15 @@ def unchecked_heads_to_sequence(
     """
     route = _route_to_sequence(shard, plan, group, layout, "query")
     return Exchange.apply(group, (route,), False, shard)[0]
+
+
+def followed(shard: Tensor, gradients: bool) -> Tensor:
+    """The shard, which autograd follows if gradients travel, so that its own does whether it is needed or not.
+
+    For exchanges that belong together, such as those of query, key and value: `[batch, seq, heads, dim]` in any
+    layout.
+    """
+    return shard.detach().requires_grad_() if gradients and not shard.requires_grad else shard
 
 
 def _started(group: Group, route: Route, *tensors: Tensor) -> Pending:

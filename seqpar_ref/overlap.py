@@ -21,7 +21,7 @@ returns.
 
 All but the first chunk's coming and the last one's return can be hidden: (C-1)/C of the communication. The heads
 of a chunk are whole groups of query heads that share a kv head, so that no sum is cut in two: values and
-gradients equal those of `DistributedAttention` to the bit.
+gradients equal those of `DistributedAttention` to the bit (where a kernel's do: see docs/difference.md).
 
 Source: (a) is what `sp_stream` of `deepspeed.sequence.layer` is for (D2 to D5 in docs/defects.md); (b) is this
 package's own.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .attention import DistributedAttention
 from .checks import no_type_check
-from .exchange import Pending, start_heads_to_sequence, start_sequence_to_heads
+from .exchange import Pending, followed, start_heads_to_sequence, start_sequence_to_heads
 from .flight import Flight
 from .graphs import outside_graphs
 from .group import TorchGroup
@@ -51,6 +51,7 @@ def behind_projections(
     attend: OwnAttention,
     plan: Plan,
     group: TorchGroup,
+    gradients: bool,
 ) -> Pending:
     """Attention whose q, k and v each travel while the next one is made.
 
@@ -59,6 +60,7 @@ def behind_projections(
             the layout of `attend`. Called in this order.
         attend: attention of this rank's heads.
         plan, group: who owns what, and the ranks that share it.
+        gradients: any of the three needs one, on each rank alike; then those of all three travel.
 
     Returns:
         The output's exchange, started: `[batch, seq_local, heads, value_dim]` when finished.
@@ -69,7 +71,7 @@ def behind_projections(
     layout = attend.layout.name
     kinds: tuple[Literal["query", "kv"], ...] = ("query", "kv", "kv")
     started = [
-        start_sequence_to_heads(project(), plan, group, layout=layout, heads=kind)
+        start_sequence_to_heads(followed(project(), gradients), plan, group, layout=layout, heads=kind)
         for project, kind in zip(projections, kinds, strict=True)
     ]
     query, key, value = (pending.finish() for pending in started)
@@ -125,13 +127,16 @@ class ChunkedAttention(DistributedAttention):
     """`DistributedAttention` whose heads travel in chunks, behind the attention of other chunks.
 
     Use it where query, key and value are ready at the same time: as it is called from Hugging Face, or after a
-    fused QKV projection. What it returns equals `DistributedAttention` to the bit, gradients too, but for
-    dropout, whose random numbers are drawn chunk by chunk.
+    fused QKV projection. What it returns equals `DistributedAttention` to the bit, gradients too, where the
+    local attention gives a head the same bits whatever heads come with it. Not so are dropout, whose random numbers
+    are drawn chunk by chunk, gradients of what all heads share, such as a mask, which are summed chunk by chunk, and
+    PyTorch's kernels for a CPU with head dims that fill no vector (see docs/difference.md).
 
     Args:
         local_attention, group, layout, plan: as for `DistributedAttention`. The local attention is called once
             for each chunk of this rank's heads, `[batch, seq, heads of the chunk, dim]` in the order of the
-            layout, and does not learn which heads these are: parameters by head are not possible.
+            layout, and does not learn which heads these are: parameters by head are not possible. The result has
+            to be new memory in each call: it is under way while the next chunk is attended with.
         chunks: how many; fewer where no rank has so many kv heads.
 
     Raises:

@@ -340,7 +340,9 @@ def test_query_key_and_value_may_have_dtypes_of_their_own() -> None:
     on_virtual(mixed_dtypes, 2)
 
 
-def cross(query_tokens: tuple[int, ...], kv_tokens: tuple[int, ...], kv_heads: int) -> None:
+def cross(
+    query_tokens: tuple[int, ...], kv_tokens: tuple[int, ...], kv_heads: int, frozen: tuple[int, ...] = ()
+) -> None:
     """Cross attention: other tokens of key and value than of the query, on some ranks equally many."""
     rank = dist.get_rank()
     whole = [
@@ -357,16 +359,23 @@ def cross(query_tokens: tuple[int, ...], kv_tokens: tuple[int, ...], kv_heads: i
     output.backward(output.detach().cos())
     splits = (query_tokens, kv_tokens, kv_tokens)
     mine = [x.split(t, dim=1)[rank].clone().requires_grad_() for x, t in zip(whole, splits, strict=True)]
+    mine[0].requires_grad_(rank not in frozen)
     result = DistributedAttention(local, None, 2, 1)(*mine, 0)
     torch.testing.assert_close(result, output.split(query_tokens, dim=1)[rank], rtol=0, atol=1e-12)
     result.backward(result.detach().cos())
+    assert (mine[0].grad is None) == (rank in frozen)
     for got, right, tokens in zip(mine, expected, splits, strict=True):
-        torch.testing.assert_close(got.grad, right.grad.split(tokens, dim=1)[rank], rtol=0, atol=1e-12)
+        if got.requires_grad:
+            torch.testing.assert_close(got.grad, right.grad.split(tokens, dim=1)[rank], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2])
 def test_cross_attention(kv_heads: int) -> None:
     on_virtual(cross, 4, (2, 3, 1, 2), (4, 3, 0, 5), kv_heads)
+
+
+def test_cross_attention_where_some_ranks_need_no_gradient_of_the_query() -> None:
+    on_virtual(cross, 4, (2, 3, 1, 2), (4, 3, 0, 5), 6, (1, 2))
 
 
 # Rotary.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from seqpar_ref import ChunkedAttention, DistributedAttention, Plan, UlyssesBlock, make_plan, routes
@@ -367,6 +368,77 @@ def behind_frozen(overlap: str) -> list[Tensor | None]:
 @pytest.mark.parametrize("overlap", ["projections", "chunks"])
 def test_a_frozen_projection(overlap: str) -> None:
     assert same(on_virtual(behind_frozen, 4, "none"), on_virtual(behind_frozen, 4, overlap))
+
+
+def made(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def needed_by_rank(overlap: str, planned: bool) -> list[Tensor]:
+    setting = Setting(PLANS["uneven"], planned=planned)
+    block, x = block_of(setting, overlap, 2), tokens_of_rank(setting)
+    block.query.requires_grad_(False)
+    x = x.detach().requires_grad_(dist.get_rank() == 2)  # the query needs a gradient on that rank alone
+    for _ in range(2):  # what was left over from a first step would come in the second one
+        output = block(x, is_causal=True)
+        output.backward(output.detach())
+    return made(output.detach(), x.grad, *(parameter.grad for parameter in block.parameters()))
+
+
+@pytest.mark.parametrize("launch", BOTH)
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("overlap", ["projections", "chunks"])
+def test_ranks_that_need_the_gradients_of_different_shares(overlap: str, planned: bool, launch: Any) -> None:
+    assert same(launch(needed_by_rank, 4, "none", planned), launch(needed_by_rank, 4, overlap, planned))
+
+
+class Adapter(nn.Module):
+    """A linear layer and something beside it, with the layer's attributes, as adapters have them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.beside = layer, nn.Linear(layer.in_features, layer.out_features, dtype=torch.float64)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.beside(x)
+
+
+def changed_output(overlap: str, change: str) -> list[Tensor]:
+    setting = Setting(PLANS["uneven"])
+    block, x = block_of(setting, overlap, 2), tokens_of_rank(setting)
+    seen: list[Tensor] = []
+    if change == "adapter":
+        block.output = Adapter(block.output)
+    if change == "hook":
+        block.output.register_forward_hook(lambda module, inputs, output: 2 * output)
+    if change == "hook before":
+        block.output.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    if change == "hook behind":
+        block.output.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    if change == "hook before backward":
+        block.output.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
+    if change == "forward":
+        block.output.forward = lambda x: 2 * nn.functional.linear(x, block.output.weight)  # type: ignore[method-assign]
+    if change == "pruned":
+        prune.l1_unstructured(block.output, "weight", 0.5)
+    for _ in range(2):
+        output = block(x, is_causal=True)
+        output.backward(output.detach())
+        with torch.no_grad():
+            for parameter in block.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    return made(output.detach(), x.grad, *seen, *(parameter.grad for parameter in block.parameters()))
+
+
+CHANGES = ["adapter", "hook", "hook before", "hook behind", "hook before backward", "forward", "pruned"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("overlap", ["projections", "chunks"])
+def test_an_output_projection_that_is_more_than_a_linear_layer(overlap: str, change: str) -> None:
+    assert same(on_virtual(changed_output, 4, "none", change), on_virtual(changed_output, 4, overlap, change))
 
 
 def autocast(overlap: str) -> list[Tensor]:

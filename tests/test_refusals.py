@@ -19,7 +19,9 @@ from seqpar_ref import (
     DistributedAttention,
     Plan,
     SeqparError,
+    UlyssesBlock,
     apply_rotary,
+    deepspeed,
     errors,
     heads_to_sequence,
     make_plan,
@@ -29,6 +31,7 @@ from seqpar_ref import (
     start_sequence_to_heads,
 )
 from seqpar_ref.device import device_of_backend
+from seqpar_ref.local_attention import fused_attention
 from tests.launch import on_gloo, on_virtual
 
 PLAN = make_plan(ranks=1, heads=6, kv_heads=2, tokens=5)
@@ -414,6 +417,47 @@ def disagreeing(rank: int, what: str) -> SeqparError:
 
 def disagree(what: str) -> SeqparError:
     return disagreeing(dist.get_rank(), what)
+
+
+class Scaled(torch.nn.Module):
+    """A local attention with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return fused_attention(query, key, value, layout="b s h d") * self.scale
+
+
+def need_apart(module: str) -> SeqparError:
+    rank = dist.get_rank()
+    shards = [torch.ones(1, 2, 4, 4, requires_grad=rank == 0) for _ in range(3)]
+    if module == "block":
+        block = UlyssesBlock(8, 4, local_attention=Scaled())
+        for projection in (block.query, block.key, block.value):
+            projection.requires_grad_(False)
+        return caught(lambda: block(torch.ones(1, 2, 8, requires_grad=rank == 0)))
+    if module == "deepspeed":
+        return caught(lambda: deepspeed.DistributedAttention(Scaled(), None, 2, 1)(*shards, 0))
+    return caught(lambda: DistributedAttention(Scaled())(*shards))
+
+
+@pytest.mark.parametrize("module", ["attention", "block", "deepspeed"])
+def test_what_the_local_attention_needs_does_not_hide_that_shards_disagree(module: str) -> None:
+    words = "needed on rank 0; needed by the local attention alone on rank 1"
+    for error in on_virtual(need_apart, 2, module):
+        check(error, errors.RankMismatchError, words)
+
+
+def trains_the_output_on_one_rank() -> bool:
+    block = UlyssesBlock(8, 4).requires_grad_(False)
+    block.output.requires_grad_(dist.get_rank() == 0)
+    return block(torch.ones(1, 2, 8)).requires_grad
+
+
+def test_what_no_exchange_depends_on_may_differ() -> None:
+    assert on_virtual(trains_the_output_on_one_rank, 2) == [True, False]
 
 
 @pytest.mark.gloo
