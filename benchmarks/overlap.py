@@ -200,7 +200,7 @@ def block_steps(point: Point, sleep: float | None, groups: dict[str, TorchGroup]
 
 
 def block_step(block: UlyssesBlock, x: Tensor, sleep: float | None) -> None:
-    """Forward and backward. The output projection sleeps behind the block, because with a hook it would be called as it is."""
+    """Forward and backward. The output projection, which a hook would make another one, sleeps behind the block."""
     output = block(x)
     if sleep is not None:
         time.sleep(sleep)
