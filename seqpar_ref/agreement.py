@@ -61,11 +61,15 @@ class Record:
 
 
 def gradients(shares: Iterable[Tensor], others: Iterable[Tensor]) -> int:
-    """Whose gradients travel: 2 for those of query, key, value and output, 1 for the output's alone, 0 for none.
+    """Whose gradients travel.
 
     Args:
         shares: query, key and value, of any shape, or what they are computed from.
         others: what the local attention is given beside.
+
+    Returns:
+        The number of exchanges that gradients take: 2, the output's and that of query, key and value; 1, the
+        output's alone; or 0.
     """
     return 2 if needs_gradient(*shares) else int(needs_gradient(*others))
 
