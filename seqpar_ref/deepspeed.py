@@ -31,7 +31,7 @@ from .deepspeed_exchanges import (
 from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
 from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
-from .errors import ArgumentError
+from .errors import ArgumentError, RotaryError
 from .exchange import followed, heads_to_sequence, qkv_to_heads, start_sequence_to_heads
 from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, group_of
@@ -144,7 +144,7 @@ class DistributedAttention(nn.Module):
                 `[sequence, batch, heads, dim]` for 1.
             batch_dim_idx: 0 or 1. An argument of the local attention in its place is refused (D18).
             rotary_pos_emb: cosines and sines, each `[sequence, batch or 1, 1, rotary dim]`, of all tokens or of
-                this rank's, for query and key (D13: in any layout).
+                this rank's, for query and key (D13: in any layout). Refused where key has other tokens than query.
             args, kwargs: go to the local attention as they are.
 
         Returns:
@@ -162,6 +162,12 @@ class DistributedAttention(nn.Module):
         attend = core.own_attention(query, args, kwargs)
         needed = gradients((query, key, value), attend.others)
         plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, needed)
+        if rotary_pos_emb is not None and kv_plan != plan:
+            raise RotaryError(
+                f"the query has {plan.tokens_by_rank} tokens by rank, the key {kv_plan.tokens_by_rank}: one table of "
+                "angles cannot turn both.",
+                "Rotate query and key before the call, and pass no rotary_pos_emb.",
+            )
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)
         apart = self.sp_stream is not None

@@ -378,6 +378,17 @@ def test_cross_attention_where_some_ranks_need_no_gradient_of_the_query() -> Non
     on_virtual(cross, 4, (2, 3, 1, 2), (4, 3, 0, 5), 6, (1, 2))
 
 
+def cross_with_rotary() -> None:
+    query, key = torch.ones(2, 1, 4, 4), torch.ones(2, 3, 4, 4)  # one token would broadcast over all keys
+    tables = torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1, 4)
+    with pytest.raises(errors.RotaryError, match="one table of angles cannot turn both"):
+        DistributedAttention(lambda query, key, value: query, None, 2, 1)(query, key, key, 0, tables)
+
+
+def test_one_rotary_table_for_other_tokens_of_the_key_is_refused_on_all_ranks() -> None:
+    on_virtual(cross_with_rotary, 2)
+
+
 # Rotary.
 
 
