@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .agreement import gradients
 from .attention import DistributedAttention as CoreAttention
-from .checks import is_integer, no_type_check
+from .checks import is_integer, needs_gradient, no_type_check
 from .deepspeed_exchanges import (
     WithGradient,
     _DimZeroAllToAll,
@@ -170,8 +170,8 @@ class DistributedAttention(nn.Module):
             )
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)
-        apart = self.sp_stream is not None
-        query, key, value = _travel(shards, plan, kv_plan, group, layout, apart, needed == 2)
+        apart, all_gradients = self.sp_stream is not None, needs_gradient(query, key, value)
+        query, key, value = _travel(shards, plan, kv_plan, group, layout, apart, all_gradients)
         context, merge = _attend(attend, query, key, value, plan, group)
         if self.sp_stream is not None:
             context = WithGradient.apply(context, lambda gradient: wait_for_stream(self.sp_stream))
@@ -222,9 +222,9 @@ def _travel(
     group: TorchGroup,
     layout: Layout,
     apart: bool,
-    needed: bool,
+    all_gradients: bool,
 ) -> Sequence[Tensor]:
-    """Query, key and value from a shard of the sequence to a shard of the heads; if needed, all gradients back."""
+    """Query, key and value from a shard of the sequence to a shard of the heads; with `all_gradients` those of all three back."""
     if not apart:
         query, key, value = shards
         if kv_plan == plan and query.dtype == key.dtype == value.dtype:
@@ -232,7 +232,9 @@ def _travel(
         shards = iter((query, key, value))
     kinds: Sequence[Literal["query", "kv"]] = ("query", "kv", "kv")
     started = [
-        start_sequence_to_heads(followed(shard, needed), own_plan, group, layout=layout.name, heads=heads)
+        start_sequence_to_heads(
+            followed(shard, all_gradients), own_plan, group, layout=layout.name, heads=heads
+        )
         for shard, own_plan, heads in zip(shards, (plan, kv_plan, kv_plan), kinds, strict=True)
     ]
     return [pending.finish() for pending in started]
