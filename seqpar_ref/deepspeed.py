@@ -224,7 +224,7 @@ def _travel(
     apart: bool,
     all_gradients: bool,
 ) -> Sequence[Tensor]:
-    """Query, key and value from a shard of the sequence to a shard of the heads; with `all_gradients` those of all three back."""
+    """Query, key and value from a shard of the sequence to one of the heads; all gradients or none travel back."""
     if not apart:
         query, key, value = shards
         if kv_plan == plan and query.dtype == key.dtype == value.dtype:
