@@ -14,11 +14,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, needs_gradient
+from .checks import needs_gradient
 from .errors import RankMismatchError
 from .group import Group
 from .plan import Plan, make_plan
 from .shapes import LAYOUTS, Layout
+
+EVERY_DTYPE = tuple(
+    sorted({found for found in vars(torch).values() if isinstance(found, torch.dtype)}, key=str)
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Record:
         query_heads, kv_heads: heads in all.
         head_dim, value_dim: elements of one query or key vector, and of one value vector.
         batch: rows of the batch.
-        dtype, layout: positions in DTYPES and LAYOUTS.
+        dtype, layout: positions in EVERY_DTYPE and LAYOUTS.
         requires_grad: whose gradients travel, see `gradients`.
     """
 
@@ -54,7 +58,7 @@ class Record:
             head_dim=query.shape[3],
             value_dim=value_dim,
             batch=query.shape[layout.batch],
-            dtype=DTYPES.index(query.dtype),
+            dtype=EVERY_DTYPE.index(query.dtype),
             layout=list(LAYOUTS).index(layout.name),
             requires_grad=requires_grad,
         )
@@ -123,7 +127,7 @@ def _by_value(name: str, by_rank: tuple[int, ...]) -> str:
 
 def _readable(name: str, value: int) -> str:
     if name.endswith("dtype"):
-        return str(DTYPES[value]).removeprefix("torch.")
+        return str(EVERY_DTYPE[value]).removeprefix("torch.")
     if name == "layout":
         return repr(list(LAYOUTS)[value])
     if name == "requires_grad":

@@ -10,7 +10,6 @@ Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,14 +27,14 @@ from .deepspeed_exchanges import (
     single_all_to_all,
     uneven_heads_all2all,
 )
+from .deepspeed_results import attend_on_all_ranks
 from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
 from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
-from .errors import ArgumentError, RotaryError
+from .errors import ArgumentError
 from .exchange import followed, heads_to_sequence, qkv_to_heads, start_sequence_to_heads
 from .graphs import outside_graphs
 from .group import GroupLike, TorchGroup, check_kind, group_of
-from .own_heads import OwnAttention, own_heads
 from .plan import Plan, check_plan
 from .shapes import LAYOUTS, Layout
 
@@ -77,7 +76,7 @@ class DistributedAttention(nn.Module):
             behind a projection and several micro-batches in flight are all right (D2, D3, D4, D20), and
             streams are never compared (D5). Without one, query, key and value travel together if they are
             small (D16).
-        plan: who owns what, from `seqpar_ref.make_plan`. Without one the ranks exchange a record of 96 bytes
+        plan: who owns what, from `seqpar_ref.make_plan`. Without one the ranks exchange a record of 120 bytes
             with each other in every call, and the host waits for it.
 
     Raises:
@@ -161,18 +160,12 @@ class DistributedAttention(nn.Module):
         core = CoreAttention(self.local_attn, group, layout=layout.name)
         attend = core.own_attention(query, args, kwargs)
         needed = gradients((query, key, value), attend.others)
-        plan, kv_plan = plans_of(query, key, value, layout, group, self.plan, needed)
-        if rotary_pos_emb is not None and kv_plan != plan:
-            raise RotaryError(
-                f"the query has {plan.tokens_by_rank} tokens by rank, the key {kv_plan.tokens_by_rank}: one table of "
-                "angles cannot turn both.",
-                "Rotate query and key before the call, and pass no rotary_pos_emb.",
-            )
+        plan, kv_plan = plans_of(query, key, value, rotary_pos_emb, layout, group, self.plan, needed)
         tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
         shards = self._when_ready(query, key, value, tables)
         apart, all_gradients = self.sp_stream is not None, needs_gradient(query, key, value)
         query, key, value = _travel(shards, plan, kv_plan, group, layout, apart, all_gradients)
-        context, merge = _attend(attend, query, key, value, plan, group)
+        context, merge = attend_on_all_ranks(attend, query, key, value, plan, group)
         if self.sp_stream is not None:
             context = WithGradient.apply(context, lambda gradient: wait_for_stream(self.sp_stream))
         output = heads_to_sequence(context, plan, group, layout=layout.name)
@@ -238,28 +231,3 @@ def _travel(
         for shard, own_plan, heads in zip(shards, (plan, kv_plan, kv_plan), kinds, strict=True)
     ]
     return [pending.finish() for pending in started]
-
-
-def _attend(
-    attend: OwnAttention, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup
-) -> tuple[Tensor, bool]:
-    """The local attention's result in four dims, and whether it merges heads and dim.
-
-    A rank without heads does not see a result, and learns from the others whether it is merged.
-    """
-    merged = [False]
-
-    def local(*args: Any, **kwargs: Any) -> Tensor:
-        result = attend.local(*args, **kwargs)
-        merged[0] = isinstance(result, Tensor) and result.ndim == 3
-        return result
-
-    everywhere = min(plan.heads_by_rank) > 0
-    (own,) = own_heads(plan, group.rank)
-    if not own.query:  # an empty result has the value's shape; in cross attention it must be the query's
-        total = value.sum(dim=attend.layout.sequence, keepdim=True)
-        value = total.expand(*query.shape[:3], value.shape[3])
-    context = replace(attend, local=local, free=everywhere)(query, key, value, own)
-    if everywhere:
-        return context, merged[0]
-    return context, any(flag for (flag,) in group.all_gather_integers([int(merged[0])], context.device))

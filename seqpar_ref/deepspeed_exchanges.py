@@ -6,8 +6,9 @@ $$[\dots, \text{scattered}, \dots, \text{gathered}_P, \dots] \to
 [\dots, \text{scattered}_P, \dots, \text{gathered}, \dots]$$
 
 The scattered dim is divided as evenly as can be, the larger parts first. What the other ranks have along the
-gathered dim they say in each call: a record of 72 bytes goes to each other rank. Nothing is remembered (D6), so
-heads and tokens need not divide by the ranks (D9, D12, D14).
+gathered dim they say in each call: a record of 72 bytes goes to each other rank, and the dims behind the third in a
+second one if they are several. Nothing is remembered (D6), so heads and tokens need not divide by the ranks (D9, D12,
+D14).
 
 Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import gather
+from .agreement import EVERY_DTYPE, gather
 from .checks import is_dense, is_integer, needs_gradient, no_type_check
 from .device import wait_for_stream
 from .direct import Exchange
@@ -203,8 +204,9 @@ class _DimZeroAllToAll:
                 f"input is {tuple(input.shape)}: dim 0 is {input.shape[0]}, and the group has {member.size} ranks.",
                 f"Give it one entry for each rank, [{member.size}, ...].",
             )
-        rows = input.reshape(1, 1, member.size, input.numel() // member.size)
-        member, flat, route, _ = _prepared(rows, 2, 1, member)
+        if not input.numel():
+            raise ShapeError(f"input is {tuple(input.shape)}.", "Give each rank something to exchange.")
+        member, flat, route, _ = _prepared(input[None, None], 2, 1, member)
         return Exchange.apply(member, (route,), False, flat)[0].view(input.shape)
 
 
@@ -284,11 +286,13 @@ def _prepared(
         "gathered_dim": gathered,
         "batch": input.shape[batch],
         "head_dim": behind,
-        "bytes_an_element": input.element_size(),
+        "dtype": EVERY_DTYPE.index(input.dtype),
         "tensor's_dims": input.ndim,
         "requires_grad": int(needs_gradient(input)),
     }
     sizes = gather(member, record, ("size_to_gather",), input.device)["size_to_gather"]
+    if input.ndim > 4:
+        gather(member, {f"dim_{dim}": input.shape[dim] for dim in range(3 - input.ndim, 0)}, (), input.device)
     plan = Plan(sizes, divide(input.shape[scattered], member.size), input.shape[scattered])
     flat = input.reshape(*input.shape[:3], behind)
     layout = Layout("as the indices say", batch=batch, sequence=gathered, heads=scattered)

@@ -5,13 +5,14 @@
 Source: `apply_rotary_pos_emb` in `deepspeed/sequence/layer.py` of deepspeed 0.19.0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import is_dense, no_type_check
+from .agreement import EVERY_DTYPE
+from .checks import DTYPES, is_dense, no_type_check
 from .errors import RotaryError
 from .plan import Plan
 from .shapes import Layout
@@ -68,13 +69,15 @@ def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout:
     """
     if rotary_pos_emb is None:
         return
-    if not isinstance(rotary_pos_emb, Sequence | Tensor) or len(rotary_pos_emb) != 2:
-        found = tuple(rotary_pos_emb.shape) if isinstance(rotary_pos_emb, Tensor) else rotary_pos_emb
+    pair, kind = rotary_pos_emb, type(rotary_pos_emb).__name__
+    is_tensor = isinstance(pair, Tensor) and pair.ndim > 0  # cosines and sines may be stacked
+    if not (is_tensor or isinstance(pair, Sequence)) or len(pair) != 2:
+        found = tuple(pair.shape) if isinstance(pair, Tensor) else f"a {kind}"
         raise RotaryError(
-            f"rotary_pos_emb is {found!r}.",
+            f"rotary_pos_emb is {found}.",
             "Pass (cos, sin), or None; what goes to the local attention comes behind it, or by keyword.",
         )
-    cos, sin = rotary_pos_emb
+    cos, sin = pair
     _check_table("the cosines", cos)
     _check_table("the sines", sin)
     batch, dim = query.shape[layout.batch], query.shape[3]
@@ -84,6 +87,53 @@ def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout:
             f"the cosines are {tuple(cos.shape)}, the sines {tuple(sin.shape)}; batch {batch}, head dim {dim}.",
             f"Give both [sequence, 1 or {batch}, 1, rotary dim], an even rotary dim of at most {dim}.",
         )
+    if {cos.device, sin.device} != {query.device}:
+        raise RotaryError(
+            f"the cosines are on {cos.device}, the sines on {sin.device}, the query on {query.device}.",
+            f"Move both tables to {query.device}.",
+        )
+
+
+def table_sizes(rotary_pos_emb: Sequence[Tensor] | None) -> dict[str, int]:
+    """What the ranks tell each other of their tables: their tokens, rotary dim and dtype, all 0 for no tables.
+
+    Args:
+        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], or None.
+    """
+    tokens, dim, dtype = 0, 0, 0
+    if rotary_pos_emb is not None:
+        cos, sin = rotary_pos_emb
+        tokens, dim = cos.shape[0], cos.shape[3]
+        dtype = EVERY_DTYPE.index(torch.promote_types(cos.dtype, sin.dtype))
+    return {"rotary_tokens": tokens, "rotary_dim": dim, "rotary_dtype": dtype}
+
+
+@no_type_check
+def check_table_tokens(table_tokens: Mapping[int, int], plan: Plan, kv_plan: Plan) -> None:
+    """Refuse tables that do not fit the tokens.
+
+    Args:
+        table_tokens: the number of tokens that the tables are for, by the rank that has them.
+        plan, kv_plan: who owns what of the query, and of the key.
+
+    Raises:
+        RotaryError: tables are neither for all tokens nor for the rank's, or the key has other tokens than the
+            query.
+    """
+    if kv_plan != plan:
+        raise RotaryError(
+            f"the query has {plan.tokens_by_rank} tokens by rank, the key {kv_plan.tokens_by_rank}: one table of "
+            "angles cannot turn both.",
+            "Rotate query and key before the call, and pass no rotary_pos_emb.",
+        )
+    for rank, tokens in table_tokens.items():
+        own = plan.tokens_by_rank[rank]
+        if tokens not in (own, plan.tokens):
+            raise RotaryError(
+                f"cosines and sines of rank {rank} are for {tokens} tokens; there are {plan.tokens}, {own} of them on "
+                "that rank.",
+                f"Give them for all {plan.tokens} tokens, or for these {own}.",
+            )
 
 
 def own_tables(
@@ -92,12 +142,9 @@ def own_tables(
     """Cosines and sines of the rank's own tokens, in the layout of its query.
 
     Args:
-        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], of all tokens or of this rank's.
+        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], checked by `check_table_tokens`.
         plan, layout: who owns what; where each dim stands.
         rank: this rank in the group, from 0.
-
-    Raises:
-        RotaryError: they are neither for all tokens nor for the rank's.
     """
     if rotary_pos_emb is None:
         return None
@@ -105,11 +152,6 @@ def own_tables(
     own = plan.tokens_of(rank)
     if len(cos) == plan.tokens:
         cos, sin = cos[own.start : own.stop], sin[own.start : own.stop]
-    elif len(cos) != len(own):
-        raise RotaryError(
-            f"cosines and sines are for {len(cos)} tokens; there are {plan.tokens}, {len(own)} of them on this rank.",
-            f"Give them for all {plan.tokens} tokens, or for these {len(own)}.",
-        )
     places = layout.sequence, layout.batch, layout.heads
     return cos.movedim((0, 1, 2), places), sin.movedim((0, 1, 2), places)
 
@@ -121,12 +163,7 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 def _check_table(name: str, table: object) -> None:
-    if (
-        not isinstance(table, Tensor)
-        or not table.is_floating_point()
-        or not is_dense(table)
-        or not table.ndim
-    ):
+    if not isinstance(table, Tensor) or table.dtype not in DTYPES or not is_dense(table) or not table.ndim:
         found = (
             f"a {table.dtype} tensor {tuple(table.shape)}"
             if isinstance(table, Tensor)

@@ -5,13 +5,15 @@ In the original the number of heads is a global that the first call sets (D6), a
 Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0, and D6, D7, D14 in docs/defects.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 
 from torch import Tensor
 
-from .agreement import Record, gather
-from .checks import DTYPES, check_tensor, no_type_check
+from .agreement import EVERY_DTYPE, Record, gather
+from .checks import check_tensor, no_type_check
+from .deepspeed_rotary import check_table_tokens, table_sizes
 from .errors import ShapeError, TensorError
 from .group import TorchGroup, check_size
 from .plan import Plan, make_plan
@@ -56,6 +58,7 @@ def plans_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    rotary_pos_emb: Sequence[Tensor] | None,
     layout: Layout,
     group: TorchGroup,
     plan: Plan | None,
@@ -63,16 +66,18 @@ def plans_of(
 ) -> tuple[Plan, Plan]:
     """Who owns what of the query, and of key and value. They differ in tokens where attention is cross attention.
 
-    Without a plan the ranks exchange a record of 12 integers, 96 bytes to each other rank.
+    Without a plan the ranks exchange a record of 15 integers, 120 bytes to each other rank.
 
     Args:
         query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
+        rotary_pos_emb: checked by `check_tables`, or None.
         group: the ranks that share the sequence.
         plan: one made beforehand, for both; None to make them here.
         requires_grad: whose gradients travel, see `agreement.gradients`.
 
     Raises:
         RankMismatchError: the ranks differ in anything but their tokens. The same error on every rank.
+        RotaryError: tables do not fit the tokens. Without a plan the same error on every rank.
         GroupError, ShapeError: the plan is for another number of ranks, or for other sizes.
         PlanError: more tokens and heads than can be counted.
     """
@@ -81,11 +86,15 @@ def plans_of(
     if plan is None:
         record = asdict(own) | {
             "kv_tokens": kv_tokens,
-            "key_dtype": DTYPES.index(key.dtype),
-            "value_dtype": DTYPES.index(value.dtype),
+            "key_dtype": EVERY_DTYPE.index(key.dtype),
+            "value_dtype": EVERY_DTYPE.index(value.dtype),
+            **table_sizes(rotary_pos_emb),
         }
-        sizes = gather(group, record, ("tokens", "kv_tokens"), query.device)
-        return _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
+        sizes = gather(group, record, ("tokens", "kv_tokens", "rotary_tokens"), query.device)
+        plan, kv_plan = _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
+        if rotary_pos_emb is not None:
+            check_table_tokens(dict(enumerate(sizes["rotary_tokens"])), plan, kv_plan)
+        return plan, kv_plan
     check_size(group, plan.ranks)
     tokens = len(plan.tokens_of(group.rank))
     planned = (tokens, tokens, plan.heads, plan.kv_heads)
@@ -96,6 +105,8 @@ def plans_of(
             f"and {found[3]} kv heads ({layout.name}); the plan says {', '.join(map(str, planned))}.",
             "Pass tensors of those sizes, a plan made for them, or no plan.",
         )
+    if rotary_pos_emb is not None:
+        check_table_tokens({group.rank: len(rotary_pos_emb[0])}, plan, plan)
     return plan, plan
 
 

@@ -154,6 +154,38 @@ def test_sizes_that_do_not_belong_together_are_named_on_all_ranks(
         on_virtual(exchange_of, 2, shapes)
 
 
+def exchange_of_kind(name: str, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    dtype, shape = kinds[dist.get_rank()]
+    given = torch.zeros(shape, dtype=dtype)
+    if name == "_DimZeroAllToAll":
+        _DimZeroAllToAll.apply(None, given)
+    else:
+        getattr(names, name)(given, 2, 1, 0, None)
+
+
+FOUR, FIVE = (2, 3, 4, 6), (2, 3, 4, 2, 3)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["single_all_to_all", "uneven_heads_all2all", "_DimZeroAllToAll"])
+@pytest.mark.parametrize(
+    "kinds, words",
+    [
+        ([(torch.bfloat16, FOUR), (torch.float16, FOUR)], "dtype: bfloat16 on rank 0; float16 on rank 1"),
+        ([(torch.float32, FOUR), (torch.int32, FOUR)], "dtype: float32 on rank 0; int32 on rank 1"),
+        ([(torch.float32, FIVE), (torch.float32, (2, 3, 4, 3, 2))], "dim -2: 2 on rank 0; 3 on rank 1"),
+        ([(torch.float32, FOUR), (torch.float32, FIVE)], "tensor's dims: "),
+    ],
+    ids=["half types", "integers", "head dims", "dims"],
+)
+def test_tensors_of_different_kinds_are_named_on_all_ranks(
+    name: str, kinds: list[tuple[torch.dtype, tuple[int, ...]]], words: str
+) -> None:
+    for run in (on_virtual, on_gloo):
+        first, second = run(raised, 2, exchange_of_kind, name, kinds)
+        assert first == second and f"RankMismatchError: the ranks differ in {words}" in first
+
+
 def dim_zero() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = torch.arange(size * size * 6.0).view(size, size, 2, 3)  # [sender, receiver, ...]
@@ -168,6 +200,8 @@ def test_the_exchange_along_dim_zero() -> None:
     on_virtual(dim_zero, 3)
     with pytest.raises(errors.ShapeError, match="dim 0 is 3, and the group has 2 ranks"):
         on_virtual(lambda: _DimZeroAllToAll.apply(None, torch.zeros(3, 2)), 2)
+    with pytest.raises(errors.ShapeError, match=r"input is \(2, 0\)"):
+        on_virtual(lambda: _DimZeroAllToAll.apply(None, torch.zeros(2, 0)), 2)
 
 
 def asynchronous(heads: int) -> None:
@@ -291,17 +325,73 @@ def test_a_result_with_heads_and_dim_merged_comes_back_merged(name: str) -> None
     check(CASES[name], on_virtual(attend_merged, len(CASES[name].tokens), CASES[name]))
 
 
-def beside_the_value(case: Case, dtype: torch.dtype) -> None:
+def beside_the_value(case: Case, dtype: torch.dtype, merged: bool) -> None:
     """The local attention returns another dtype, and one dim less."""
-    shards = [case.shard(case.whole(name), dist.get_rank()) for name in INPUTS]
-    output = module_of(case, local=lambda query, key, value: value[..., 1:].to(dtype))(*shards)
-    assert output.dtype == dtype and torch.equal(output, shards[2][..., 1:].to(dtype))
+    shards = [case.shard(case.whole(name), dist.get_rank()).requires_grad_() for name in INPUTS]
+
+    def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = value[..., 1:].to(dtype)
+        return result.flatten(2) if merged else result
+
+    output = module_of(case, local=local)(*shards)
+    expected = shards[2].detach()[..., 1:].to(dtype)
+    assert output.dtype == dtype and torch.equal(output, expected.flatten(2) if merged else expected)
+    output.backward(output.detach())
+    assert torch.equal(shards[2].grad, F.pad(expected, (1, 0)).to(shards[2].dtype))
+    assert not any(shard.grad.any() for shard in shards[:2])
 
 
-def test_the_result_may_have_another_dim_and_dtype_where_every_rank_has_heads() -> None:
-    on_virtual(beside_the_value, 2, CASES["uneven"], torch.bfloat16)
-    with pytest.raises(errors.LocalAttentionError, match="bfloat16"):
-        on_virtual(beside_the_value, 4, CASES["ranks without heads"], torch.bfloat16)
+@pytest.mark.gloo
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["uneven", "ranks without heads"])
+def test_the_result_may_have_another_dim_and_dtype(name: str, merged: bool) -> None:
+    case = CASES[name]
+    for run in (on_virtual, on_gloo):
+        run(beside_the_value, len(case.tokens), case, torch.bfloat16, merged)
+
+
+def fails_on_some_ranks(kind: str) -> None:
+    """3 heads on 4 ranks."""
+    rank = dist.get_rank()
+
+    def local(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        if kind == "raises" and rank == 1:
+            raise errors.TensorError("no.", "Yes.")
+        if kind == "no tensor":
+            return 5
+        return value[..., rank:] if kind == "dims" else value.bfloat16() if rank == 2 else value
+
+    DistributedAttention(local, None, 2, 1)(*torch.zeros(3, 2, 3, 3, 4), 0)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "kind, told, own",
+    [
+        ("raises", "LocalAttentionError: the local attention raised on 1 of the 3 ranks", "TensorError"),
+        (
+            "no tensor",
+            "LocalAttentionError: the local attention raised on 3 of the 3 ranks",
+            "returned a int",
+        ),
+        (
+            "dims",
+            "RankMismatchError: the local attention returned float32 with a head dim of 4 on",
+            "dim of 3 on",
+        ),
+        (
+            "dtypes",
+            "RankMismatchError: the local attention returned float32 with a head dim of 4 on",
+            "bfloat16",
+        ),
+    ],
+)
+def test_where_the_local_attention_fails_a_rank_without_heads_does_not_wait(
+    kind: str, told: str, own: str
+) -> None:
+    for run in (on_virtual, on_gloo):
+        by_rank = run(raised, 4, fails_on_some_ranks, kind)
+        assert by_rank[3].startswith(told) and own in by_rank[1]
 
 
 def under_autocast() -> None:
@@ -450,6 +540,9 @@ TABLE = torch.ones(6, 1, 1, 4)
         ((TABLE[..., :3], TABLE[..., :3]), "head dim 4"),
         ((TABLE.expand(6, 3, 1, 4),) * 2, "batch 2"),
         ((TABLE.int(), TABLE.int()), "int32"),
+        (torch.tensor(1.0), r"rotary_pos_emb is \(\)"),
+        ((TABLE, TABLE.to("meta")), "sines on meta, the query on cpu"),
+        ((TABLE.to(torch.float8_e4m3fn),) * 2, "float8_e4m3fn"),
         ((TABLE[:5], TABLE[:5]), "are for 5 tokens; there are 6, 3 of them"),
     ],
 )
@@ -459,6 +552,59 @@ def test_tables_that_do_not_fit_are_refused(given: Any, words: str) -> None:
 
     with pytest.raises(errors.RotaryError, match=words):
         on_virtual(program, 2)
+
+
+def test_cosines_and_sines_may_be_stacked() -> None:
+    def program() -> None:
+        shards, pair = torch.ones(3, 2, 3, 4, 4, dtype=torch.float64), tables(6, 4)
+        outputs = [module_of(CASES["even"])(*shards, given) for given in (pair, torch.stack(pair))]
+        assert torch.equal(*outputs)
+
+    on_virtual(program, 2)
+
+
+def raised(body: Callable[..., Any], *args: Any) -> str:
+    """What each rank raises, in words."""
+    try:
+        body(*args)
+    except errors.SeqparError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def with_tables(given: list[Any]) -> None:
+    """4 tokens on rank 0, 3 on rank 1."""
+    shards = torch.zeros(3, 2, 4 - dist.get_rank(), 4, 4)
+    module_of(CASES["even"], local=lambda query, key, value: query)(*shards, given[dist.get_rank()])
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            [(TABLE[:4],) * 2] * 2,
+            "RotaryError: cosines and sines of rank 1 are for 4 tokens; there are 7, 3 of them",
+        ),
+        (
+            [(TABLE[:4],) * 2, None],
+            "RankMismatchError: the ranks differ in rotary dim: 4 on rank 0; 0 on rank 1",
+        ),
+        (
+            [(TABLE[:4],) * 2, (TABLE[:3, ..., :2],) * 2],
+            "RankMismatchError: the ranks differ in rotary dim: 4 on",
+        ),
+        (
+            [(TABLE[:4], TABLE[:4].double()), (TABLE[:3],) * 2],
+            "RankMismatchError: the ranks differ in rotary dtype: float64 on rank 0; float32 on rank 1",
+        ),
+    ],
+    ids=["tokens", "none", "dim", "dtype"],
+)
+@pytest.mark.gloo
+def test_tables_that_fit_some_ranks_only_are_refused_on_all(given: list[Any], words: str) -> None:
+    for run in (on_virtual, on_gloo):
+        first, second = run(raised, 2, with_tables, given)
+        assert first == second and first.startswith(words)
 
 
 def test_the_rotary_function_does_not_broadcast_its_tensor() -> None:

@@ -1,0 +1,88 @@
+"""The local attention of `deepspeed.DistributedAttention`, whose result only the ranks that have heads see.
+
+It may have a head dim and a dtype of its own, and heads and dim merged. Where some rank has no heads the others tell
+it, in a record of 32 bytes, so that it takes part in the exchange back with an empty result of that kind; and where
+the local attention raises on one rank, all ranks raise instead of waiting for it.
+
+Source: this package's own; the original needs at least one head on each rank.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .agreement import EVERY_DTYPE
+from .errors import LocalAttentionError, RankMismatchError
+from .group import TorchGroup
+from .own_heads import OwnAttention, own_heads
+from .plan import Plan
+
+
+def attend_on_all_ranks(
+    attend: OwnAttention, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup
+) -> tuple[Tensor, bool]:
+    """The local attention's result in four dims, and whether it merged heads and dim.
+
+    Args:
+        attend: this call's local attention.
+        query, key, value: all tokens, `[batch, tokens, heads_local, dim]` in the order of its layout.
+        plan, group: who owns which heads; the ranks that share the sequence.
+
+    Raises:
+        LocalAttentionError: it returned something that is no output. Where some rank has no heads, on every rank
+            if it failed on one.
+        RankMismatchError: its results differ in kind, and some rank has no heads. On every rank.
+    """
+    given, merged = attend.local, [False]
+
+    def local(*args: Any, **kwargs: Any) -> Any:
+        result = given(*args, **kwargs)
+        merged[0] = isinstance(result, Tensor) and result.ndim == 3
+        return result
+
+    (own,) = own_heads(plan, group.rank)
+    attend = replace(attend, local=local, free=True)
+    if min(plan.heads_by_rank):
+        return attend(query, key, value, own), merged[0]
+    context, failure, kind = None, None, (0, 0, 0)
+    if own.query:
+        try:
+            context = attend(query, key, value, own)
+            kind = int(merged[0]), context.shape[3], EVERY_DTYPE.index(context.dtype)
+        except Exception as error:
+            failure = error
+    told = group.all_gather_integers([int(failure is not None), *kind], query.device)
+    if failure is not None:
+        raise failure
+    merges, dim, dtype = _the_kind(
+        [record for record, heads in zip(told, plan.heads_by_rank, strict=True) if heads]
+    )
+    if context is None:  # empty, of that kind, and like attention a function of all three
+        tokens = value.sum(dim=(attend.layout.sequence, 3), keepdim=True).to(EVERY_DTYPE[dtype])
+        context = attend(query, key, tokens.expand(*query.shape[:3], dim), own)
+    return context, bool(merges)
+
+
+def _the_kind(told: list[list[int]]) -> list[int]:
+    """What the ranks that have heads say alike: merged or not, dim and dtype."""
+    failed = sum(record[0] for record in told)
+    if failed:
+        raise LocalAttentionError(
+            f"the local attention raised on {failed} of the {len(told)} ranks that have heads.",
+            "See what those ranks report.",
+        )
+    first, *others = (record[1:] for record in told)
+    for other in others:
+        if other != first:
+            raise RankMismatchError(
+                f"the local attention returned {_in_words(first)} on one rank and {_in_words(other)} on another.",
+                "Return the same dims and dtype on every rank.",
+            )
+    return first
+
+
+def _in_words(kind: list[int]) -> str:
+    merged, dim, dtype = kind
+    dims = f"heads and dims of {dim} merged" if merged else f"a head dim of {dim}"
+    return f"{str(EVERY_DTYPE[dtype]).removeprefix('torch.')} with {dims}"
