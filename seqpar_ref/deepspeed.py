@@ -28,7 +28,7 @@ from .deepspeed_exchanges import (
     uneven_heads_all2all,
 )
 from .deepspeed_results import attend_on_all_ranks
-from .deepspeed_rotary import apply_rotary_pos_emb, check_tables, own_tables
+from .deepspeed_rotary import apply_rotary_pos_emb, checked_tables, own_tables
 from .deepspeed_sizes import check_shards, plans_of
 from .device import keep_for_current_stream, wait_for_event, wait_for_stream
 from .errors import ArgumentError
@@ -155,14 +155,14 @@ class DistributedAttention(nn.Module):
         """
         layout = self._layout(batch_dim_idx)
         check_shards(query, key, value, layout)
-        check_tables(rotary_pos_emb, query, layout)
+        tables = checked_tables(rotary_pos_emb, query, layout)
         group = group_of(self.spg)
         core = CoreAttention(self.local_attn, group, layout=layout.name)
         attend = core.own_attention(query, args, kwargs)
         needed = gradients((query, key, value), attend.others)
-        plan, kv_plan = plans_of(query, key, value, rotary_pos_emb, layout, group, self.plan, needed)
-        tables = own_tables(rotary_pos_emb, plan, group.rank, layout)
-        shards = self._when_ready(query, key, value, tables)
+        plan, kv_plan = plans_of(query, key, value, tables, layout, group, self.plan, needed)
+        own = own_tables(tables, plan, group.rank, layout)
+        shards = self._when_ready(query, key, value, own)
         apart, all_gradients = self.sp_stream is not None, needs_gradient(query, key, value)
         query, key, value = _travel(shards, plan, kv_plan, group, layout, apart, all_gradients)
         context, merge = attend_on_all_ranks(attend, query, key, value, plan, group)

@@ -57,8 +57,10 @@ def apply_rotary_pos_emb(
 
 
 @no_type_check
-def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout: Layout) -> None:
-    """Refuse what is no pair of cosines and sines for these tensors, such as a mask in its place.
+def checked_tables(
+    rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines as a pair. What is none for these tensors, such as a mask in its place, is refused.
 
     Args:
         rotary_pos_emb: cosines and sines, each [sequence, 1 or batch, 1, rotary dim]; None for no rotary.
@@ -68,7 +70,7 @@ def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout:
         RotaryError: what does not fit, with the numbers.
     """
     if rotary_pos_emb is None:
-        return
+        return None
     pair, kind = rotary_pos_emb, type(rotary_pos_emb).__name__
     is_tensor = isinstance(pair, Tensor) and pair.ndim > 0  # cosines and sines may be stacked
     if not (is_tensor or isinstance(pair, Sequence)) or len(pair) != 2:
@@ -92,17 +94,18 @@ def check_tables(rotary_pos_emb: Sequence[Tensor] | None, query: Tensor, layout:
             f"the cosines are on {cos.device}, the sines on {sin.device}, the query on {query.device}.",
             f"Move both tables to {query.device}.",
         )
+    return cos, sin
 
 
-def table_sizes(rotary_pos_emb: Sequence[Tensor] | None) -> dict[str, int]:
+def table_sizes(tables: tuple[Tensor, Tensor] | None) -> dict[str, int]:
     """What the ranks tell each other of their tables: their tokens, rotary dim and dtype, all 0 for no tables.
 
     Args:
-        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], or None.
+        tables: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], or None.
     """
     tokens, dim, dtype = 0, 0, 0
-    if rotary_pos_emb is not None:
-        cos, sin = rotary_pos_emb
+    if tables is not None:
+        cos, sin = tables
         tokens, dim = cos.shape[0], cos.shape[3]
         dtype = EVERY_DTYPE.index(torch.promote_types(cos.dtype, sin.dtype))
     return {"rotary_tokens": tokens, "rotary_dim": dim, "rotary_dtype": dtype}
@@ -137,18 +140,18 @@ def check_table_tokens(table_tokens: Mapping[int, int], plan: Plan, kv_plan: Pla
 
 
 def own_tables(
-    rotary_pos_emb: Sequence[Tensor] | None, plan: Plan, rank: int, layout: Layout
+    tables: tuple[Tensor, Tensor] | None, plan: Plan, rank: int, layout: Layout
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines of the rank's own tokens, in the layout of its query.
 
     Args:
-        rotary_pos_emb: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], checked by `check_table_tokens`.
+        tables: cosines and sines, each [tokens, 1 or batch, 1, rotary dim], checked by `check_table_tokens`.
         plan, layout: who owns what; where each dim stands.
         rank: this rank in the group, from 0.
     """
-    if rotary_pos_emb is None:
+    if tables is None:
         return None
-    cos, sin = rotary_pos_emb
+    cos, sin = tables
     own = plan.tokens_of(rank)
     if len(cos) == plan.tokens:
         cos, sin = cos[own.start : own.stop], sin[own.start : own.stop]

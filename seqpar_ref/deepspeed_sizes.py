@@ -5,7 +5,6 @@ In the original the number of heads is a global that the first call sets (D6), a
 Source: `deepspeed/sequence/layer.py` of deepspeed 0.19.0, and D6, D7, D14 in docs/defects.md.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 
@@ -58,7 +57,7 @@ def plans_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rotary_pos_emb: Sequence[Tensor] | None,
+    tables: tuple[Tensor, Tensor] | None,
     layout: Layout,
     group: TorchGroup,
     plan: Plan | None,
@@ -70,7 +69,7 @@ def plans_of(
 
     Args:
         query, key, value: `[batch, tokens, heads, dim]` in the order of `layout`.
-        rotary_pos_emb: checked by `check_tables`, or None.
+        tables: cosines and sines, see `checked_tables`.
         group: the ranks that share the sequence.
         plan: one made beforehand, for both; None to make them here.
         requires_grad: whose gradients travel, see `agreement.gradients`.
@@ -88,11 +87,11 @@ def plans_of(
             "kv_tokens": kv_tokens,
             "key_dtype": EVERY_DTYPE.index(key.dtype),
             "value_dtype": EVERY_DTYPE.index(value.dtype),
-            **table_sizes(rotary_pos_emb),
+            **table_sizes(tables),
         }
         sizes = gather(group, record, ("tokens", "kv_tokens", "rotary_tokens"), query.device)
         plan, kv_plan = _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
-        if rotary_pos_emb is not None:
+        if tables is not None:
             check_table_tokens(dict(enumerate(sizes["rotary_tokens"])), plan, kv_plan)
         return plan, kv_plan
     check_size(group, plan.ranks)
@@ -105,8 +104,8 @@ def plans_of(
             f"and {found[3]} kv heads ({layout.name}); the plan says {', '.join(map(str, planned))}.",
             "Pass tensors of those sizes, a plan made for them, or no plan.",
         )
-    if rotary_pos_emb is not None:
-        check_table_tokens({group.rank: len(rotary_pos_emb[0])}, plan, plan)
+    if tables is not None:
+        check_table_tokens({group.rank: len(tables[0])}, plan, plan)
     return plan, plan
 
 
