@@ -43,14 +43,13 @@ def demo(
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print("importing torch ...", flush=True)
-    from rich.console import Console
-
     from . import demo as demo_module
     from . import demo_processes
     from .errors import SeqparError
+    from .progress import Output
     from .torchrun import started_processes
 
-    console = Console(quiet=not first)
+    console = Output(quiet=not first)
     code = 0
     try:
         if ranks is None:
@@ -60,7 +59,7 @@ def demo(
         if backend == "virtual":
             demo_module.run_virtual(options, console)
         else:
-            code = demo_processes.run(options, console)
+            demo_processes.run(options, console)
     except SeqparError as error:
         code = 1
         if first:
@@ -98,14 +97,13 @@ def validate(
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print("importing torch ...", flush=True)
-    from rich.console import Console
-
     from . import validate as validate_module
     from .errors import SeqparError
+    from .progress import Output
 
     try:
         options = validate_module.Options(backend, ranks, timeout, json, only, schedules, times)
-        passed = validate_module.run(options, Console(quiet=not first))
+        passed = validate_module.run(options, Output(quiet=not first))
     except SeqparError as error:
         passed, rank = False, os.environ.get("RANK")
         prefix = "" if rank is None else f"rank {rank}: "

@@ -5,7 +5,7 @@ Rank 0 reads the model, the others receive its weights; then every rank does wha
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,27 +28,26 @@ from .device import device_of_backend
 from .errors import SeqparError
 from .progress import Steps
 from .sent import BytesSent
-from .torchrun import is_started, local_rank, run_under_torchrun
+from .torchrun import become_torchrun, is_started, local_rank
 
 TIMEOUT = timedelta(minutes=10)
 
 
-def run(options: Options, console: Console) -> int:
-    """One rank's part where torchrun started this process; else start torchrun. Returns the exit code."""
+def run(options: Options, console: Console) -> None:
+    """One rank's part where torchrun started this process; else torchrun takes its place."""
     if not is_started():
         device_of_backend(options.backend, 0, options.ranks)
-        return _launch(options)
+        _launch(options)
     _run_rank(options, console)
-    return 0
 
 
-def _launch(options: Options) -> int:
+def _launch(options: Options) -> NoReturn:
     """Start the same command under torchrun, on this machine."""
     arguments = ["demo", "--ranks", str(options.ranks), "--tokens", str(options.tokens)]
     arguments += ["--backend", options.backend, "--model", options.model, "--out", str(options.out)]
     if options.text is not None:
         arguments += ["--text", str(options.text)]
-    return run_under_torchrun(arguments, options.ranks)
+    become_torchrun(arguments, options.ranks)
 
 
 def _run_rank(options: Options, console: Console) -> None:

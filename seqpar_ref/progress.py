@@ -2,13 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from rich.console import Console
 
 Item = TypeVar("Item")
 SECONDS = 2.0  # between two lines where there is no terminal
+
+
+class Output(Console):
+    """Standard output. Where nobody reads it any more, as behind `| head`, a command goes on to its exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which would leave the program here."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class Steps:

@@ -2,9 +2,13 @@
 
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,6 +17,7 @@ from .standing import first_line
 from .torchrun import number_of
 
 ARRIVING = 0.9  # part of the timeout in which a rank has to come, so that all is said within the whole of it
+Found = TypeVar("Found")
 
 
 class MissingRankError(SeqparError, RuntimeError):
@@ -24,11 +29,13 @@ class Meeting:
     """Where this rank is among the ranks, and the store through which they know of each other.
 
     Args:
+        store, second: two connections to it, because one may be busy for long.
         keeper: who keeps the store, for messages.
         keeps_store: whether the store ends with this process.
     """
 
     store: dist.Store
+    second: dist.Store
     rank: int
     size: int
     keeper: str
@@ -39,49 +46,94 @@ def meet(timeout: float) -> Meeting:
     """Make or reach the store that MASTER_ADDR and MASTER_PORT name. Seconds.
 
     Raises:
-        ArgumentError: an environment variable is missing or is no number.
-        MissingRankError: nobody keeps the store there, or the port is not free to keep it.
+        ArgumentError: an environment variable is missing, or is no number that it can be.
+        MissingRankError: nobody keeps the store there, or it cannot be kept there.
     """
     rank, size, port = (number_of(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if not 0 <= rank < size:
         raise ArgumentError(f"RANK is {rank} and WORLD_SIZE {size}.", f"Give RANK 0 to {max(0, size - 1)}.")
+    if not 0 < port < 65536:
+        raise ArgumentError(f"MASTER_PORT is {port}.", "Give it a free port of rank 0's host, 1 to 65535.")
     host = os.environ.get("MASTER_ADDR")
     if not host:
         raise ArgumentError("MASTER_ADDR is not set.", "Give it the host of rank 0, or use torchrun.")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeper = f"{'torchrun on the first node' if of_agent else 'rank 0'} ({host}, port {port})"
     keeps_store = rank == 0 and not of_agent
-    deadline = time.monotonic() + ARRIVING * timeout
-    if not keeps_store:
-        _wait_until_someone_listens(host, port, keeper, timeout)
-    left = max(1.0, deadline - time.monotonic())
-    try:
-        store = dist.TCPStore(
-            host, port, size, keeps_store, timedelta(seconds=left), wait_for_workers=False, multi_tenant=True
+    stores = _stores(host, port, size, keeper, keeps_store, timeout)
+    attempt = f"seqpar/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store, second = (dist.PrefixStore(attempt, store) for store in stores)
+    return Meeting(store, second, rank, size, keeper, keeps_store)
+
+
+def _stores(
+    host: str, port: int, size: int, keeper: str, keeps_store: bool, timeout: float
+) -> tuple[dist.Store, dist.Store]:
+    """Two connections to the store."""
+    seconds = ARRIVING * timeout
+    deadline = time.monotonic() + seconds
+    listens = threading.Event()
+
+    def connect() -> tuple[dist.Store, dist.Store]:
+        # Who keeps the store needs a name that is known; the others need somebody who listens there.
+        _until_it_works(socket.getaddrinfo if keeps_store else _listens, host, port, deadline)
+        listens.set()
+        left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+        store: Any = dist.TCPStore(
+            host, port, size, keeps_store, left, wait_for_workers=False, multi_tenant=True
         )
-    except (dist.DistError, ValueError) as error:
-        found = first_line(error)
-        if keeps_store:
-            raise MissingRankError(
-                f"rank 0 cannot keep a store at port {port}: {found}.", "Set MASTER_PORT to a free port."
-            ) from error
-        raise MissingRankError(f"{keeper} keeps no store: {found}.", "Look at what it printed.") from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(dist.PrefixStore(f"seqpar/{attempt}", store), rank, size, keeper, keeps_store)
+        return store, store.clone()
+
+    # Whoever listens may be no store, or a stopped one: PyTorch waits for its first answer without a limit.
+    found = _outcome_in_time(connect, seconds + 0.05 * timeout)
+    if isinstance(found, tuple):
+        return found
+    if not isinstance(found, OSError | RuntimeError | ValueError | None):
+        raise found
+    why = f"no answer within {seconds:.0f} s" if found is None else first_line(found)
+    if keeps_store:
+        raise MissingRankError(
+            f"rank 0 cannot keep a store at {host}, port {port}: {why}.",
+            "Set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it.",
+        ) from found
+    if not listens.is_set():
+        raise MissingRankError(
+            f"{keeper} is missing: nobody has kept the store there for {seconds:.0f} s ({why}).",
+            "Start it within the timeout or give more with --timeout; see that this host can reach it.",
+        ) from found
+    raise MissingRankError(
+        f"{keeper} keeps no store, though something listens there: {why}.",
+        "Look at what it printed and whether it is stopped; see that no other program has that port.",
+    ) from found
 
 
-def _wait_until_someone_listens(host: str, port: int, keeper: str, timeout: float) -> None:
-    deadline = time.monotonic() + ARRIVING * timeout
+def _until_it_works(attempt: Callable[[str, int], object], host: str, port: int, deadline: float) -> None:
     while True:
-        left = deadline - time.monotonic()
         try:
-            socket.create_connection((host, port), timeout=max(0.1, left)).close()
+            attempt(host, port)
             return
-        except OSError as error:
-            if left <= 0:
-                raise MissingRankError(
-                    f"{keeper} is missing: nobody has kept the store there for {ARRIVING * timeout:.0f} s "
-                    f"({error}).",
-                    "Start it within the timeout or give more with --timeout; see that this host can reach it.",
-                ) from error
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
         time.sleep(0.2)
+
+
+def _listens(host: str, port: int) -> None:
+    socket.create_connection((host, port), timeout=5.0).close()
+
+
+def _outcome_in_time(call: Callable[[], Found], seconds: float) -> Found | BaseException | None:
+    """What the call returns or raises; None if it has not ended by then. It goes on behind."""
+    outcome: Future[Found | BaseException] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_result(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        return None

@@ -4,10 +4,12 @@ The environment variables are those of torchrun; where something else starts the
 """
 
 import os
-import subprocess
 import sys
+from typing import NoReturn
 
 from .errors import ArgumentError
+
+MOST_RANKS = 16384  # on one machine; an exchange has a part for each pair of them
 
 
 def is_started() -> bool:
@@ -57,6 +59,8 @@ def check_ranks(ranks: int, backend: str) -> None:
     if ranks < 1:
         raise ArgumentError(f"--ranks {ranks} is no number of ranks.", "Use at least 1, such as 4.")
     if not is_started():
+        if ranks > MOST_RANKS:
+            raise ArgumentError(f"--ranks {ranks} is more than {MOST_RANKS}.", "Use fewer.")
         return
     processes = started_processes(otherwise=ranks)
     if backend == "virtual" and processes > 1:
@@ -71,9 +75,15 @@ def check_ranks(ranks: int, backend: str) -> None:
         )
 
 
-def run_under_torchrun(arguments: list[str], ranks: int) -> int:
-    """Start `seqpar` with these arguments on so many processes of this machine. Returns the exit code."""
+def become_torchrun(arguments: list[str], ranks: int) -> NoReturn:
+    """Run `seqpar` with these arguments on so many processes of this machine, in the place of this process.
+
+    So whoever started this process has torchrun in its place: it passes a signal on to the ranks, and none of them
+    is left behind.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "seqpar_ref.cli", *arguments]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    return subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}, check=False).returncode
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, {"OMP_NUM_THREADS": threads, **os.environ})

@@ -17,11 +17,13 @@ from rich.console import Console
 
 from .device import device_of_backend
 from .errors import ArgumentError
-from .torchrun import check_ranks, is_started, run_under_torchrun, started_processes
+from .torchrun import become_torchrun, check_ranks, is_started, started_processes
 from .validate_cases import cases_for
 from .validate_ranks import Ranks
 from .validate_report import Report
 from .validate_virtual import run_virtual
+
+DAY = 24 * 60 * 60.0  # in seconds
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,21 @@ def run(options: Options, console: Console) -> bool:
         ArgumentError: an option that cannot be, or that contradicts what was started.
         NoAcceleratorError, MissingRankError: devices, or ranks, that are not there.
     """
+    is_first = os.environ.get("RANK", "0") == "0"
+    report = Report(options.json if is_first else None)
+    report.write()  # find out now whether the file can be written, and leave no old result in it
+    try:
+        return _run(options, report, console)
+    except BaseException as error:
+        report.stop(error)
+        if report.doing:
+            console.print(f"FAILED {report.error}", highlight=False, soft_wrap=True, markup=False)
+        raise
+    finally:
+        report.write()
+
+
+def _run(options: Options, report: Report, console: Console) -> bool:
     backend = _backend(options)
     ranks = started_processes(otherwise=4) if options.ranks is None else options.ranks
     _check(options, backend)
@@ -63,13 +80,12 @@ def run(options: Options, console: Console) -> bool:
         raise ArgumentError(
             f"--only {options.only!r} is in the name of no case.", "Leave it out to see them."
         )
-    if options.json is not None:
-        _claim(options.json, len(cases))
+    report.expected = len(cases)
     if backend == "virtual":
-        return run_virtual(cases, ranks, options.schedules, options.json, console)
+        return run_virtual(cases, ranks, options.schedules, report, console)
     if is_started():
-        return Ranks(backend, options.timeout, options.json, console).run(cases, options.times)
-    return run_under_torchrun(["validate", *_arguments(options, backend)], ranks) == 0
+        return Ranks(backend, options.timeout, report, console).run(cases, options.times)
+    become_torchrun(["validate", *_arguments(options, backend)], ranks)
 
 
 def _backend(options: Options) -> str:
@@ -92,6 +108,8 @@ def _check(options: Options, backend: str) -> None:
         )
     if not options.timeout > 0:
         raise ArgumentError(f"--timeout {options.timeout} leaves no time.", "Give seconds, such as 30.")
+    if options.timeout > DAY:
+        raise ArgumentError(f"--timeout {options.timeout} is longer than a day.", "Give seconds, such as 30.")
 
 
 def _arguments(options: Options, backend: str) -> list[str]:
@@ -102,12 +120,6 @@ def _arguments(options: Options, backend: str) -> list[str]:
     if options.json is not None:
         arguments += ["--json", str(options.json)]
     return arguments
-
-
-def _claim(json: Path, cases: int) -> None:
-    """Find out now whether the file can be written, and leave no old result in it."""
-    if os.environ.get("RANK", "0") == "0":
-        Report({}, cases, error="not done yet").write(json)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 import os
 import sys
-import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +31,11 @@ class Ranks:
     Args:
         backend: gloo, or that of the accelerator.
         timeout: seconds after which a missing rank is an error.
-        json: where rank 0 writes what it found, also if it fails.
+        report: rank 0 writes what it found, also if it fails.
     """
 
-    def __init__(self, backend: str, timeout: float, json: Path | None, console: Console) -> None:
-        self.backend, self.timeout, self.json, self.console = backend, timeout, json, console
-        self.report = Report({}, 0)
-        self.began = time.perf_counter()
+    def __init__(self, backend: str, timeout: float, report: Report, console: Console) -> None:
+        self.backend, self.timeout, self.report, self.console = backend, timeout, report, console
 
     def run(self, cases: list[Case], with_times: bool) -> bool:
         """Whether every case passed, on every rank. Ends the process if a rank is missing or fails."""
@@ -49,7 +45,7 @@ class Ranks:
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # the order of a sum must not depend on the machine
         meeting = meet(self.timeout)
-        self.rank, self.report.expected = meeting.rank, len(cases)
+        self.rank = meeting.rank
         self.watch = Watch(meeting, self.timeout, self._stopped)
         try:
             self._start(meeting)
@@ -120,8 +116,8 @@ class Ranks:
 
     def _agree_on_the_end(self) -> bool:
         self.watch.step("agreeing on the result")
-        if self.rank == 0:
-            self._write()
+        self.report.error = None
+        self.report.write()
         passed = [self.report.passed]
         dist.broadcast_object_list(passed, src=0, device=self.device)
         return passed[0]
@@ -132,16 +128,10 @@ class Ranks:
         dist.gather_object(mine, everyone, dst=0)
         return everyone or []
 
-    def _write(self) -> None:
-        self.report.seconds = time.perf_counter() - self.began
-        if self.json is not None:
-            self.report.write(self.json)
-
     def _stopped(self, verdict: str) -> None:
         """Told by the watch, on every rank, before it ends the process."""
         print(f"rank {self.rank}: validate stopped: {verdict}", file=sys.stderr, flush=True)
-        if self.rank == 0:
-            if self.report.rows and len(self.report.rows) < self.report.expected:
-                self.report.show_cases(self.console)
-            self.report.error = verdict
-            self._write()
+        if 0 < len(self.report.rows) < self.report.expected:
+            self.report.show_cases(self.console)
+        self.report.error = verdict
+        self.report.write()

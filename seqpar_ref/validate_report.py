@@ -1,6 +1,7 @@
 """What `validate` found, as tables for people and as JSON for machines."""
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .validate_judge import Row
 from .validate_times import Sizes, Time
 
 WIDTH = 140
+UNFINISHED = "validate has not come to its end: it is running, or was killed"
 
 
 @dataclass
@@ -22,17 +24,22 @@ class Report:
     """Filled while the command runs; what is there can be written at any time.
 
     Args:
+        path: of the JSON; None for none, and on all ranks but the first.
         expected: how many cases there are to be.
+        doing: what the command does now, for `stop`.
         error: why the command came to no end; None if it did.
+        began: when, on the clock of time.perf_counter, in seconds.
     """
 
-    environment: dict[str, Any]
-    expected: int
+    path: Path | None
+    environment: dict[str, Any] = field(default_factory=dict)
+    expected: int = 0
     rows: list[Row] = field(default_factory=list)
     sizes: Sizes | None = None
     times: list[Time] = field(default_factory=list)
-    seconds: float = 0.0
-    error: str | None = None
+    doing: str = ""
+    error: str | None = UNFINISHED
+    began: float = field(default_factory=time.perf_counter)
 
     @property
     def passed(self) -> bool:
@@ -40,16 +47,23 @@ class Report:
         complete = len(self.rows) == self.expected and self.error is None
         return complete and all(row.passed for row in self.rows)
 
-    def write(self, path: Path) -> None:
-        """Write the JSON. Its fields are described in docs/real_ranks.md.
+    def stop(self, error: BaseException) -> None:
+        """Note why the command came to no end."""
+        words = (self.doing, type(error).__name__, str(error))
+        self.error = ": ".join(word for word in words if word)
+
+    def write(self) -> None:
+        """Write the JSON, if it is asked for. Its fields are described in docs/formats.md.
 
         Raises:
             ArgumentError: the file cannot be written.
         """
+        if self.path is None:
+            return
         fields = {
             "passed": self.passed,
             "error": self.error,
-            "seconds": self.seconds,
+            "seconds": time.perf_counter() - self.began,
             "environment": self.environment,
             "cases_expected": self.expected,
             "cases": [_row_fields(row) for row in self.rows],
@@ -57,9 +71,11 @@ class Report:
             "times": [_time_fields(time) for time in self.times],
         }
         try:
-            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            self.path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ArgumentError(f"cannot write {path}: {error}.", "Name another file with --json.") from error
+            raise ArgumentError(
+                f"cannot write {self.path}: {error}.", "Name another file with --json."
+            ) from error
 
     def show_environment(self, console: Console) -> None:
         """Print the block for reports of defects."""
@@ -128,11 +144,11 @@ def _time_table(times: list[Time], sizes: Sizes | None) -> Table:
     table.add_column("part", no_wrap=True)
     for name in ("ms", "GB/s", "hidden", "at most"):
         table.add_column(name, justify="right", no_wrap=True)
-    for time in times:
-        bandwidth, hidden, bound = time.gigabytes_per_second, time.hidden, time.bound
+    for one in times:
+        bandwidth, hidden, bound = one.gigabytes_per_second, one.hidden, one.bound
         table.add_row(
-            time.part,
-            f"{1000 * time.seconds:.2f}",
+            one.part,
+            f"{1000 * one.seconds:.2f}",
             "" if bandwidth is None else f"{bandwidth:.2f}",
             "" if hidden is None else f"{hidden:.0%}",
             "" if bound is None else f"{bound:.0%}",

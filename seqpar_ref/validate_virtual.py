@@ -1,8 +1,5 @@
 """`validate` on virtual ranks: they run the cases one after the other, in this process."""
 
-import time
-from pathlib import Path
-
 import torch
 from rich.console import Console
 
@@ -18,25 +15,20 @@ from .validate_report import Report
 CPU = torch.device("cpu")
 
 
-def run_virtual(cases: list[Case], ranks: int, schedules: int, json: Path | None, console: Console) -> bool:
-    """Whether every case passed. What was found is printed, and written to `json`, also if a case raises."""
-    began = time.perf_counter()
-    report = Report(joined([environment_of_process("virtual", CPU)] * ranks), len(cases))
+def run_virtual(cases: list[Case], ranks: int, schedules: int, report: Report, console: Console) -> bool:
+    """Whether every case passed. What was found is printed, also if a case raises."""
+    report.environment = joined([environment_of_process("virtual", CPU)] * ranks)
     report.show_environment(console)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for case in Steps(console).each(cases, f"checking {len(cases)} cases on {ranks} virtual ranks"):
+            report.doing = str(case)
             report.rows.append(judge(case, run_on_virtual_ranks(case, schedules), None, CPU))
-    except Exception as error:
-        report.error = f"{case}: {type(error).__name__}: {error}"
-        raise
+        report.error = None
     finally:
         torch.set_num_threads(threads)
         report.show_cases(console)
-        report.seconds = time.perf_counter() - began
-        if json is not None:
-            report.write(json)
     console.print("No times: virtual ranks share one core, and what they send goes nowhere.", highlight=False)
     return report.passed
 

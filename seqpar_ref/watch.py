@@ -22,7 +22,7 @@ from .errors import SeqparError
 from .rendezvous import ARRIVING, Meeting
 from .standing import Seen, error_in_words, first_line, own_beat, ranks_in_words, where_all_stand
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class AwakeClock:
@@ -71,8 +71,7 @@ class Watch:
         self.meeting, self.timeout, self.report = meeting, timeout, report
         self.interval = min(0.5, timeout / 20)
         self.grace = min(2.0, timeout / 4)  # for a word from everyone, once someone is in trouble
-        store: Any = dist.PrefixStore("watch", meeting.store)
-        self._store = CountingStore(store.clone())  # its own connection: another one may be busy for long
+        self._store = CountingStore(dist.PrefixStore("watch", meeting.second))
         self._clock = AwakeClock(3 * self.interval)  # of the thread that talks
         self._seen = [Seen() for _ in range(meeting.size)]
         self._moved = 0.0
@@ -220,7 +219,7 @@ class Watch:
             return self._never_came(self._not_here(), now)
         seen = self._seen[0]
         seen.hear(self._store.get("beat/0"), now)
-        if seen.beat["done"] or not self._is_silent(seen, now, 0.6 * self.timeout, 2 * self.grace):
+        if seen.beat["done"] or not self._is_silent(seen, now, 0.6 * self.timeout, self.grace):
             return None
         return seen.silence(0, now)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from seqpar_ref import cli, validate, validate_body, validate_errors
 from seqpar_ref.checks import DTYPES
 from seqpar_ref.errors import ArgumentError
 from seqpar_ref.rendezvous import Meeting
+from seqpar_ref.standing import own_beat
 from seqpar_ref.validate import Options
 from seqpar_ref.validate_body import VARIANTS
 from seqpar_ref.validate_cases import cases_for, sequence_of
@@ -294,6 +296,55 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "json").read_text())
     assert found["error"].startswith("block, even heads, float64: ArgumentError: this is wrong.")
     assert [row["kind"] for row in found["cases"]] == ["attention"] and not found["passed"]
+    assert "FAILED block, even heads, float64: ArgumentError: this is wrong." in done.stdout
+
+
+def test_an_interrupt_is_in_the_json(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(validate_body, "_block", interrupted)
+    done = run(
+        "--backend", "virtual", "--ranks", "2", "--only", ", even heads", "--json", str(tmp_path / "json")
+    )
+    assert done.exit_code != 0
+    found = json.loads((tmp_path / "json").read_text())
+    assert found["error"] == "block, even heads, float64: KeyboardInterrupt" and not found["passed"]
+
+
+def start(*arguments):
+    """The command in a process of its own, whose first line of output has been read."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "seqpar_ref.validate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    assert process.stdout.readline().startswith("importing torch")
+    return process
+
+
+def test_a_reader_who_leaves_does_not_change_the_result(tmp_path):
+    process = start("--ranks", "2", "--only", "attention, even heads", "--json", str(tmp_path / "json"))
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    found = json.loads((tmp_path / "json").read_text())
+    assert found["passed"] and found["error"] is None
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+def test_no_rank_outlives_the_command_that_started_it(tmp_path, number):
+    process = start("--backend", "gloo", "--ranks", "2", "--json", str(tmp_path / "json"))
+    while not process.stdout.readline().startswith("checking"):
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=60)  # returns when nobody has its output any more: the ranks do
+    assert process.returncode != 0
+    found = json.loads((tmp_path / "json").read_text())
+    words = "torchrun on the first node" if number == signal.SIGKILL else f"was stopped by {number.name}"
+    assert not found["passed"] and words in found["error"]
 
 
 @pytest.mark.parametrize(
@@ -304,6 +355,9 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
         (["--backend", "fake"], "--backend fake cannot be used here"),
         (["--timeout", "0"], "--timeout 0.0 leaves no time"),
         (["--timeout", "nan"], "--timeout nan leaves no time"),
+        (["--timeout", "inf"], "--timeout inf is longer than a day"),
+        (["--timeout", "1e300"], "--timeout 1e+300 is longer than a day"),
+        (["--ranks", "1000000000000"], "--ranks 1000000000000 is more than 16384"),
         (["--only", "nonsense"], "--only 'nonsense' is in the name of no case"),
         (["--json", "no/such/folder/file"], "cannot write no/such/folder/file"),
         (["--backend", "nccl"], "NoAcceleratorError: nccl needs a device for each of the 4 ranks"),
@@ -311,10 +365,15 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
         (["--schedules", "-1"], "--schedules -1 on virtual ranks"),
     ],
 )
-def test_refused_options(arguments, message):
-    done = run(*arguments)
+def test_refused_options(tmp_path, arguments, message):
+    file = tmp_path / "json"
+    file.write_text('{"passed": true}')
+    done = run("--json", str(file), *arguments)
     assert done.exit_code == 1
     assert message in done.stderr and "Traceback" not in done.output
+    if "--json" not in arguments:
+        found = json.loads(file.read_text())
+        assert not found["passed"] and message in found["error"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +386,17 @@ def test_refused_options(arguments, message):
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "1"}, [], "RANK is 2 and WORLD_SIZE 2"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, [], "MASTER_PORT is '' in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, [], "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "99999"}, [], "MASTER_PORT is 99999"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "no-such-host.invalid"},
+            ["--timeout", "1"],
+            "rank 0 cannot keep a store at no-such-host.invalid, port 1: ",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "no-such-host.invalid"},
+            ["--timeout", "1"],
+            "rank 0 (no-such-host.invalid, port 1) is missing: nobody has kept the store there for 1 s",
+        ),
     ],
 )
 def test_refused_environments(monkeypatch, variables, arguments, message):
@@ -408,6 +478,7 @@ EXPECTED = {
     "first is stopped": r"rank 0 \(127.0.0.1, port \d+\), which keeps the store, has not answered for",
     "never comes": r"rank 2 of 3 never came: the others have waited for \d+ s",
     "first never comes": r"MissingRankError: rank 0 \(127.0.0.1, port \d+\) is missing: nobody has kept the store",
+    "another program listens": r"MissingRankError: rank 0 \(127.0.0.1, port \d+\) keeps no store, though something",
     "told to stop": r"rank 2 was stopped by SIGTERM in case 6",
 }
 
@@ -439,9 +510,6 @@ class SlowStore:
     def __init__(self, store):
         self.store = store
 
-    def clone(self):
-        return self
-
     def __getattr__(self, name):
         time.sleep(0.35)
         return getattr(self.store, name)
@@ -452,10 +520,34 @@ def test_a_store_that_answers_slowly_is_not_said_to_have_stopped(monkeypatch):
     ended = []
     monkeypatch.setattr(Watch, "_end", lambda watch, verdict, store_answers: ended.append(verdict))
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: SlowStore(store))
-    watch = Watch(Meeting(dist.HashStore(), 0, 1, "rank 0", True), 4.0, ended.append)
+    watch = Watch(Meeting(dist.HashStore(), dist.HashStore(), 0, 1, "rank 0", True), 4.0, ended.append)
     watch.wait_for_everyone()
     watch.finish()
     assert ended == []
+
+
+@pytest.mark.parametrize("first_is_there", [False, True])
+def test_who_is_told_to_stop_first_asks_whether_rank_0_is_gone(monkeypatch, first_is_there):
+    """torchrun sends SIGTERM to all others when rank 0 was killed, and its agent keeps the store."""
+    ended, store = [], dist.HashStore()
+    monkeypatch.setattr(Watch, "_end", lambda watch, verdict, store_answers: ended.append(verdict))
+    of_first = dist.PrefixStore("watch", store)
+    of_first.set("beat/0", own_beat(1, "case 1", None, False))
+    of_first.set("everyone", "here")
+    watch = Watch(Meeting(store, store, 1, 2, "torchrun", False), 4.0, ended.append)
+    watch.wait_for_everyone()
+    watch._trouble = "rank 1 was stopped by SIGTERM"
+    began = time.monotonic()
+    while not ended and time.monotonic() - began < 10:
+        if first_is_there:
+            of_first.set("beat/0", own_beat(1, "case 1", None, False))
+        time.sleep(0.05)
+    watch._finished.set()
+    watch.finish()
+    if first_is_there:
+        assert ended[0] == "rank 1 was stopped by SIGTERM\n  No rank is missing."
+    else:
+        assert re.match(r"rank 0 \(host .*\) is missing: it has said nothing for", ended[0])
 
 
 @pytest.mark.torchrun

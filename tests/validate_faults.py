@@ -39,6 +39,7 @@ SCENARIOS = {
     "first is stopped": 0,
     "never comes": 2,
     "first never comes": 0,
+    "another program listens": 0,
     "told to stop": 2,
 }
 
@@ -123,14 +124,17 @@ def main(folder: Path) -> None:
         own = folder / scenario
         own.mkdir()
         port = free_port()
+        if scenario == "another program listens":
+            mute = socket.create_server(("127.0.0.1", port))
         for rank in range(RANKS):
-            if not (scenario.endswith("never comes") and rank == victim):
+            if not (scenario.endswith(("never comes", "listens")) and rank == victim):
                 running[start_rank(scenario, rank, port, own)] = scenario, rank
         note_ends(running, began, ends, began[scenario] + APART)
     note_ends(running, began, ends, time.monotonic() + 5 * TIMEOUT)
     for process in running:  # the stopped ones, and any that hangs
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+    mute.close()
     print(json.dumps(ends))
 
 
