@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .cores import on_one_core
+from .errors import WorldError
 
 DRAIN_SECONDS = 0.5
 """How long the other ranks may still run to the place where they stand, once the world is known to be wrong."""
@@ -169,17 +170,37 @@ class Scheduler:
             self.fail(error)
 
     def _pass_on(self, rank: int | None) -> None:
+        while rank is not None and rank not in self._threads:
+            if self._start(rank):
+                return
+            self.finished.add(rank)
+            rank = self._choose()
         if rank is None:
             self._done.set()
-        elif rank in self._threads:
-            self._batons[rank].release()
         else:
-            context = self._context.copy()
-            thread = threading.Thread(
-                target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True
-            )
-            self._threads[rank] = thread
+            self._batons[rank].release()
+
+    def _start(self, rank: int) -> bool:
+        """Give the baton to a rank that has none yet; False if it need not, or cannot, begin."""
+        if self.failure is not None:
+            return False
+        context = self._context.copy()
+        thread = threading.Thread(
+            target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True
+        )
+        self._threads[rank] = thread
+        try:
             thread.start()
+        except RuntimeError as error:  # "can't start new thread"
+            del self._threads[rank]
+            self.fail(
+                WorldError(
+                    f"rank {rank} of {self.size} cannot begin, because the machine gives no thread: {error}.\n"
+                    "Use fewer ranks, or allow more threads and memory (`ulimit -u`, `ulimit -v`)."
+                )
+            )
+            return False
+        return True
 
     def _main(self, rank: int) -> None:
         self._exchange(self._enter, rank)

@@ -385,6 +385,31 @@ def test_a_world_that_cannot_be_is_refused(options):
         VirtualWorld(**options)
 
 
+@pytest.mark.parametrize("first", [0, 1, 4])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_machine_without_threads_ends_the_world(monkeypatch, first, seed):
+    """From the given rank on no thread can be started, while the ranks before it wait in a collective, or aside."""
+    start, begun = threading.Thread.start, []
+
+    def limited(thread):
+        if len(begun) == first:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    def program():
+        dist.all_reduce(torch.ones(2))
+        dist.barrier()
+
+    world = VirtualWorld(6, seed=seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.raises(WorldError, match=r"rank \d of 6 cannot begin.*can't start new thread"):
+            world.run(program)
+    assert len(begun) == first
+    world.run(program)
+
+
 def test_run_needs_a_function():
     with pytest.raises(WorldError, match="cannot be called"):
         VirtualWorld(2).run(3)
