@@ -13,7 +13,7 @@ class SimulatorError(RuntimeError):
 
 
 class WorldError(SimulatorError, ValueError):
-    """A `VirtualWorld` was asked for something that it cannot be: a size, mode or seed that is none, or more ranks than threads."""
+    """A `VirtualWorld` cannot be: a size, a mode or a seed that does not exist, or more ranks than threads."""
 
 
 class CollectiveMismatchError(SimulatorError):
