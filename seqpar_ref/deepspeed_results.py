@@ -18,6 +18,8 @@ from .group import TorchGroup
 from .own_heads import OwnAttention, own_heads
 from .plan import Plan
 
+KIND_BYTES = 32  # what each rank sends to each other one where some rank has no heads
+
 
 def attend_on_all_ranks(
     attend: OwnAttention, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup

@@ -18,6 +18,8 @@ from .group import TorchGroup, check_size
 from .plan import Plan, make_plan
 from .shapes import Layout
 
+RECORD_BYTES = 120  # what each rank sends to each other one where no plan was made
+
 
 @no_type_check
 def check_shards(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:

@@ -23,6 +23,18 @@ def current_stream() -> Any:
         return None
 
 
+class NoStream:
+    """In the place of a stream where there are none. Nothing is given to it, so there is nothing to wait for."""
+
+    def wait_stream(self, other: Any) -> None:
+        """Nothing to wait for."""
+
+
+def side_stream() -> Any:
+    """A torch.Stream beside the current one, or a `NoStream` where there is no accelerator."""
+    return NoStream() if current_stream() is None else torch.Stream()
+
+
 def wait_for_event(event: Any) -> None:
     """The current stream waits for a torch.Event. Nothing to do where there is no accelerator."""
     if current_stream() is not None:

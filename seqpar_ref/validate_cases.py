@@ -11,8 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["attention", "block", "wire"]
+Kind = Literal["attention", "block", "wire", "deepspeed"]
+Call = Literal["plain", "mask and scale", "autocast", "given positions", "two at a time"]
 FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+AUTOCAST = torch.bfloat16
+SCALE = 0.25  # of the scores, where a case is called with one
+THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,12 @@ class Case:
         name: says what is special about it.
         kind: "attention": rotary (where asked for) and DistributedAttention, once plain and once in chunks.
             "wire": the same, once with each wire form. "block": UlyssesBlock, once with each kind of overlap.
+            "deepspeed": seqpar_ref.deepspeed, once as it is and once with a side stream.
         tokens: by rank of the world.
         groups: world ranks of each group.
         checkpoint: activation checkpointing of the whole call, None for none.
+        call: what it is given beside its tensors. "two at a time": before its backward pass a second call is made,
+            with other numbers.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Case:
     causal: bool = True
     planned: bool = True
     checkpoint: Literal["reentrant", "non-reentrant"] | None = None
+    call: Call = "plain"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -54,6 +62,11 @@ class Case:
     def dtype_name(self) -> str:
         """The dtype in words."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def travelling(self) -> torch.dtype:
+        """The dtype in which query, key, value and output travel."""
+        return AUTOCAST if self.call == "autocast" else self.dtype
 
     def tokens_of(self, group: int) -> list[int]:
         """Tokens of each rank of the group."""
@@ -78,11 +91,15 @@ class Sequence:
         inputs: `query`, `key` and `value` [batch, seq, heads, dim], or `x` [batch, seq, width].
         weights: of the block's projections, by the names of its parameters. None for attention.
         gradient: of the loss with respect to the output.
+        positions: of the tokens in the rotary embedding, [seq].
+        mask: added to the scores, [1, heads or 1, seq, seq]. None for none.
     """
 
     inputs: dict[str, Tensor]
     weights: dict[str, Tensor]
     gradient: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
 
 
 def sequence_of(case: Case, group: int) -> Sequence:
@@ -94,6 +111,9 @@ def sequence_of(case: Case, group: int) -> Sequence:
         integers = torch.randint(-128, 129, shape, generator=generator)
         return (integers.double() / 64 * scale).to(case.dtype)
 
+    positions = torch.arange(tokens)
+    if case.call == "given positions":
+        positions = 5 + 2 * positions.flip(0)
     if case.kind != "block":
         sizes = {
             "query": (case.heads, case.head_dim),
@@ -101,7 +121,12 @@ def sequence_of(case: Case, group: int) -> Sequence:
             "value": (case.kv_heads, case.value_dim),
         }
         inputs = {name: draw(batch, tokens, *size) for name, size in sizes.items()}
-        return Sequence(inputs, {}, draw(batch, tokens, case.heads, case.value_dim))
+        gradient, mask = draw(batch, tokens, case.heads, case.value_dim), None
+        if case.call == "mask and scale":
+            later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+            mask = draw(1, case.heads if len(case.tokens) <= 16 else 1, tokens, tokens)
+            mask = mask.masked_fill(later, float("-inf"))
+        return Sequence(inputs, {}, gradient, positions, mask)
     rows = {"query": case.heads, "key": case.kv_heads, "value": case.kv_heads}
     weights = {
         f"{name}.weight": draw(heads * case.head_dim, case.width, scale=0.25) for name, heads in rows.items()
@@ -111,12 +136,13 @@ def sequence_of(case: Case, group: int) -> Sequence:
     if case.bias:
         weights |= {f"{name}.bias": draw(heads * case.head_dim) for name, heads in rows.items()}
         weights["output.bias"] = draw(case.width)
-    return Sequence({"x": draw(batch, tokens, case.width)}, weights, draw(batch, tokens, case.width))
+    x, gradient = draw(batch, tokens, case.width), draw(batch, tokens, case.width)
+    return Sequence({"x": x}, weights, gradient, positions)
 
 
 def cases_for(ranks: int) -> list[Case]:
     """All cases, for so many ranks."""
-    cases = [*_attention(ranks), *_wire(ranks), *_block(ranks)]
+    cases = [*_attention(ranks), *_wire(ranks), *_block(ranks), *_deepspeed(ranks)]
     return [replace(case, seed=seed) for seed, case in enumerate(cases)]
 
 
@@ -144,6 +170,8 @@ def _attention(ranks: int) -> Iterator[Case]:
         yield replace(even, name=name, groups=groups, tokens=_unequal(ranks), **sizes["GQA, uneven"])
     yield replace(even, name="checkpoint, reentrant", checkpoint="reentrant", **sizes["uneven heads"])
     yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["uneven heads"])
+    yield _called(even, "mask and scale", dtype=FLOAT32, causal=False, **sizes["GQA, uneven"])
+    yield _called(even, "two at a time", tokens=_unequal(ranks), **sizes["uneven heads"])
 
 
 def _wire(ranks: int) -> Iterator[Case]:
@@ -170,6 +198,22 @@ def _block(ranks: int) -> Iterator[Case]:
         yield replace(even, name=name, groups=groups, tokens=_unequal(ranks), **sizes["GQA, uneven"])
     yield replace(even, name="checkpoint, reentrant", checkpoint="reentrant", **sizes["GQA"])
     yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["GQA"])
+    yield _called(even, "autocast", dtype=FLOAT32, bias=True, **sizes["uneven heads"])
+    yield _called(even, "given positions", tokens=_unequal(ranks), **sizes["GQA"])
+    yield _called(even, "two at a time", **sizes["GQA, uneven"])
+
+
+def _deepspeed(ranks: int) -> Iterator[Case]:
+    even, sizes = replace(_plain(ranks), kind="deepspeed", planned=False), _sizes(ranks)
+    yield replace(even, dtype=FLOAT32)
+    yield replace(even, name="sequence first", layout="s b h d", rotary="half-split", **sizes["uneven heads"])
+    yield replace(even, name="heads first", layout="b h s d", dtype=BFLOAT16, planned=True, **sizes["GQA"])
+    yield replace(even, name="unequal tokens", tokens=_unequal(ranks), **sizes["GQA, uneven"])
+    yield replace(even, name="heads < ranks", dtype=FLOAT32, **sizes["heads < ranks"])
+
+
+def _called(case: Case, call: Call, **changes: Any) -> Case:
+    return replace(case, name=call, call=call, **changes)
 
 
 def _plain(ranks: int) -> Case:

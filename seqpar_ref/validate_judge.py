@@ -6,7 +6,10 @@ import numpy as np
 import torch
 
 from .agreement import Record
-from .validate_body import VARIANTS, Share, Tensors, equal_bits, plan_of
+from .deepspeed_results import KIND_BYTES
+from .deepspeed_sizes import RECORD_BYTES as DEEPSPEED_RECORD_BYTES
+from .validate_body import VARIANTS, Share, Tensors, equal_bits
+from .validate_calls import plan_of
 from .validate_cases import Case
 from .validate_errors import Errors, errors_of
 
@@ -54,6 +57,7 @@ def judge(case: Case, shares: list[Share], virtual: list[Tensors] | None, device
     byte_problems, bit_problems = _byte_problems(planned, shares), _bit_problems(shares)
     virtual_bits = None if virtual is None else _same_everywhere(shares, virtual)
     problems = [
+        *_dtype_problems(case, shares),
         *_error_problems("output", forward),
         *_error_problems("gradients", gradient),
         *byte_problems,
@@ -78,20 +82,36 @@ def planned_bytes(case: Case) -> np.ndarray:
     """Bytes [sender, receiver] of a forward and a backward pass together, by rank of the world.
 
     With checkpointing the backward pass runs the forward pass again. Without a plan each rank sends a record to
-    each other one in every forward pass.
+    each other one in every forward pass, and so it does in `deepspeed` where some rank has no heads.
     """
     ranks = len(case.tokens)
     forward, backward = np.zeros((2, ranks, ranks), dtype=np.int64)
     for group, members in enumerate(case.groups):
         plan = plan_of(case, group)
-        sizes = (case.batch, case.head_dim, case.dtype)
+        sizes = (case.batch, case.head_dim, case.travelling)
         value_dim = case.head_dim if case.kind == "block" else case.value_dim
         own = np.ix_(members, members)
         forward[own] = plan.bytes(*sizes, value_dim=value_dim)
         backward[own] = plan.bytes(*sizes, backward=True, value_dim=value_dim)
+        others = 1 - np.eye(len(members), dtype=np.int64)
         if not case.planned:
-            forward[own] += RECORD_BYTES * (1 - np.eye(len(members), dtype=np.int64))
-    return forward + backward + (forward if case.checkpoint else 0)
+            forward[own] += others * (DEEPSPEED_RECORD_BYTES if case.kind == "deepspeed" else RECORD_BYTES)
+        if case.kind == "deepspeed" and not min(plan.heads_by_rank):
+            forward[own] += others * KIND_BYTES
+    twice = case.checkpoint is not None or case.call == "two at a time"
+    return forward + backward + (forward if twice else 0)
+
+
+def _dtype_problems(case: Case, shares: list[Share]) -> list[str]:
+    """A result of another dtype may be near enough all the same."""
+    problems = {}
+    for share in shares:
+        for variant, tensors in {VARIANTS[case.kind][0]: share.tensors, **share.differing}.items():
+            for name, tensor in tensors.items():
+                expected = case.travelling if name == "output" else case.dtype
+                if tensor.dtype != expected:
+                    problems[f"dtype ({variant}): {name} is {tensor.dtype}, not {expected}"] = True
+    return list(problems)
 
 
 def _error_problems(what: str, errors: Errors) -> list[str]:

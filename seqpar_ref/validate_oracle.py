@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .validate_cases import Case, Sequence
-
-THETA = 10000.0
-Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+from .validate_cases import AUTOCAST, SCALE, THETA, Case, Sequence
 
 
 def one_device(case: Case, sequence: Sequence, device: torch.device, *, exact: bool) -> dict[str, Tensor]:
@@ -28,51 +25,64 @@ def one_device(case: Case, sequence: Sequence, device: torch.device, *, exact: b
         name: tensor.to(device, dtype).clone().requires_grad_()
         for name, tensor in (sequence.inputs | sequence.weights).items()
     }
-    attend = _by_formula if exact else _by_torch
-    output = (_block if case.kind == "block" else _attention)(case, leaves, attend)
-    output.backward(sequence.gradient.to(device, dtype))
+    mask = None if sequence.mask is None else sequence.mask.to(device, dtype)
+    positions = sequence.positions.to(device, torch.float64)
+    attend: Callable[..., Tensor] = _by_formula if exact else _by_torch
+    compute = _block if case.kind == "block" else _attention
+    casts = case.call == "autocast" and not exact
+    with torch.autocast(device.type, AUTOCAST, enabled=casts):
+        output = compute(case, leaves, positions, lambda *qkv: attend(*qkv, case, mask))
+    output.backward(sequence.gradient.to(output))
     results = {"output": output.detach()}
     for name, leaf in leaves.items():
         results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
-def _attention(case: Case, leaves: dict[str, Tensor], attend: Attend) -> Tensor:
-    query, key = (_rotary(case, leaves[name]) for name in ("query", "key"))
-    return attend(query, key, leaves["value"], case.causal)
+def _attention(
+    case: Case, leaves: dict[str, Tensor], positions: Tensor, attend: Callable[..., Tensor]
+) -> Tensor:
+    query, key = (_rotary(case, leaves[name], positions) for name in ("query", "key"))
+    return attend(query, key, leaves["value"])
 
 
-def _block(case: Case, leaves: dict[str, Tensor], attend: Attend) -> Tensor:
+def _block(case: Case, leaves: dict[str, Tensor], positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     def project(name: str, x: Tensor) -> Tensor:
         return F.linear(x, leaves[f"{name}.weight"], leaves.get(f"{name}.bias"))
 
     query, key, value = (
         project(name, leaves["x"]).unflatten(-1, (-1, case.head_dim)) for name in ("query", "key", "value")
     )
-    output = attend(_rotary(case, query), _rotary(case, key), value, case.causal)
+    output = attend(_rotary(case, query, positions), _rotary(case, key, positions), value)
     return project("output", output.flatten(2))
 
 
-def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, case: Case, mask: Tensor | None) -> Tensor:
     """Attention of [batch, seq, heads, dim] tensors as everyone calls it."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
+    result = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=case.causal, scale=None if mask is None else SCALE, enable_gqa=gqa
+    )
+    return result.transpose(1, 2)
 
 
-def _by_formula(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def _by_formula(query: Tensor, key: Tensor, value: Tensor, case: Case, mask: Tensor | None) -> Tensor:
     """Attention of [batch, seq, heads, dim] tensors; query head i uses kv head i // ratio."""
     ratio = query.shape[2] // key.shape[2]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     key, value = (tensor.repeat_interleave(ratio, dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-    if causal:
+    scale = query.shape[3] ** -0.5 if mask is None else SCALE
+    scores = query @ key.transpose(2, 3) * scale
+    if mask is not None:
+        scores = scores + mask
+    if case.causal:
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
     return (scores.softmax(dim=3) @ value).transpose(1, 2)
 
 
-def _rotary(case: Case, heads: Tensor) -> Tensor:
+def _rotary(case: Case, heads: Tensor, positions: Tensor) -> Tensor:
     """Each pair of elements as a complex number, times exp(i position THETA^(-2 pair / dim)).
 
     Half types turn in float32 and are rounded once.
@@ -83,9 +93,8 @@ def _rotary(case: Case, heads: Tensor) -> Tensor:
     half = heads.shape[3] // 2
     interleaved = case.rotary == "interleaved"
     pairs = wide.unflatten(3, (half, 2)) if interleaved else wide.unflatten(3, (2, half)).transpose(3, 4)
-    position = torch.arange(heads.shape[1], dtype=torch.float64, device=heads.device)
     pair = torch.arange(half, dtype=torch.float64, device=heads.device)
-    angle = position[:, None] * THETA ** (-pair / half)
+    angle = positions[:, None] * THETA ** (-pair / half)
     turn = torch.polar(torch.ones_like(angle), angle).to(torch.view_as_complex(pairs.contiguous()).dtype)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn[:, None])
     turned = turned if interleaved else turned.transpose(3, 4)

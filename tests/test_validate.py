@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from seqpar_ref import cli, validate, validate_body, validate_errors
+from seqpar_ref import cli, validate, validate_calls, validate_errors
 from seqpar_ref.checks import DTYPES
 from seqpar_ref.errors import ArgumentError
 from seqpar_ref.rendezvous import Meeting
@@ -109,6 +109,19 @@ def test_the_numbers_of_a_case_are_held_by_its_dtype():
         assert torch.equal(sequence.gradient.double(), exact.gradient)
 
 
+@pytest.mark.parametrize("call", ["mask and scale", "given positions", "autocast"])
+def test_what_a_case_is_called_with_matters(call):
+    """One device's output is another one without it, in numbers or in dtype."""
+    for case in cases_for(2):
+        if case.call == call:
+            with_it, without = (
+                one_device(each, sequence_of(each, 0), CPU, exact=False)["output"]
+                for each in (case, replace(case, call="plain"))
+            )
+            assert with_it.dtype == case.travelling
+            assert with_it.dtype != without.dtype or (with_it - without).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_device_is_what_the_oracle_of_the_tests_says(causal):
     (case,) = [case for case in cases_for(2) if str(case) == "attention, GQA, float32"]
@@ -147,7 +160,7 @@ def test_a_swapped_head_inside_of_the_block_is_far_outside_the_tolerance(dtype, 
     case = replace(case, dtype=dtype)
     assert judge(case, run_on_virtual_ranks(case), None, CPU).passed
     monkeypatch.setattr(
-        validate_body, "_block", with_output(validate_body._block, swap_heads_of_output_weight)
+        validate_calls, "_block", with_output(validate_calls._block, swap_heads_of_output_weight)
     )
     row = judge(case, run_on_virtual_ranks(case), None, CPU)
     assert min(row.forward.device, row.forward.float64) > 4 * row.forward.tolerance
@@ -211,8 +224,38 @@ def one_bit(module, output):
     [(swap_heads, "output"), (scale_gradient, "gradient"), (one_bit, "variant_bits")],
 )
 def test_a_fault_fails_its_column(tmp_path, monkeypatch, change, column):
-    monkeypatch.setattr(validate_body, "_attention", with_output(validate_body._attention, change))
+    monkeypatch.setattr(validate_calls, "_attention", with_output(validate_calls._attention, change))
     check_fault(tmp_path, column)
+
+
+def test_a_result_of_another_dtype_fails(monkeypatch):
+    """Its numbers are the same."""
+    change = with_output(validate_calls._attention, lambda module, output: output.double())
+    monkeypatch.setattr(validate_calls, "_attention", change)
+    (case,) = (case for case in cases_for(3) if str(case) == "attention, MQA, float32")
+    row = judge(case, run_on_virtual_ranks(case), None, CPU)
+    expected = [
+        f"dtype ({variant}): output is torch.float64, not torch.float32" for variant in ("plain", "chunks")
+    ]
+    assert row.forward.small and set(row.problems) <= set(expected) and row.problems
+
+
+def test_results_of_two_calls_in_one_memory_fail(monkeypatch):
+    """A module that keeps its result: the second call writes into the first one's."""
+
+    def keeps_result(module, output):
+        if not hasattr(module, "kept"):
+            module.kept = output.view_as(output)
+        else:
+            module.kept.data.copy_(output)
+        return module.kept
+
+    change = with_output(validate_calls._attention, keeps_result)
+    monkeypatch.setattr(validate_calls, "_attention", change)
+    for case in (case for case in cases_for(3) if case.kind == "attention" and "unequal" not in case.name):
+        if case.name in ("uneven heads", "two at a time"):
+            row = judge(case, run_on_virtual_ranks(case), None, CPU)
+            assert row.passed is (case.call == "plain"), row.problems
 
 
 def test_a_byte_more_than_planned_fails_its_column(tmp_path, monkeypatch):
@@ -224,8 +267,8 @@ def test_a_byte_more_than_planned_fails_its_column(tmp_path, monkeypatch):
         dist.all_to_all_single(torch.empty(sum(theirs), dtype=torch.uint8), byte, theirs, mine)
         return attention(case, variant, *args)
 
-    attention = validate_body._attention
-    monkeypatch.setattr(validate_body, "_attention", exchanges_more)
+    attention = validate_calls._attention
+    monkeypatch.setattr(validate_calls, "_attention", exchanges_more)
     problems = check_fault(tmp_path, "bytes_equal")
     planned = planned_bytes(next(case for case in cases_for(3) if "heads first" in str(case))).sum(axis=1)
     assert problems[0] == f"bytes (plain): ranks [0] sent [{planned[0] + 1}], the plan says [{planned[0]}]"
@@ -288,7 +331,7 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
     def broken(*args):
         raise ArgumentError("this is wrong.", "Change it.")
 
-    monkeypatch.setattr(validate_body, "_block", broken)
+    monkeypatch.setattr(validate_calls, "_block", broken)
     done = run(
         "--backend", "virtual", "--ranks", "2", "--only", ", even heads", "--json", str(tmp_path / "json")
     )
@@ -303,7 +346,7 @@ def test_an_interrupt_is_in_the_json(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(validate_body, "_block", interrupted)
+    monkeypatch.setattr(validate_calls, "_block", interrupted)
     done = run(
         "--backend", "virtual", "--ranks", "2", "--only", ", even heads", "--json", str(tmp_path / "json")
     )
@@ -410,7 +453,7 @@ def test_refused_environments(monkeypatch, variables, arguments, message):
 
 def test_a_failing_case_fails_the_run(monkeypatch):
     """What the exit status comes from: everything expected ran, and passed."""
-    monkeypatch.setattr(validate_body, "_attention", with_output(validate_body._attention, swap_heads))
+    monkeypatch.setattr(validate_calls, "_attention", with_output(validate_calls._attention, swap_heads))
     options = Options("virtual", 2, only="attention, MQA")
     assert validate.run(options, Console(quiet=True)) is False
     monkeypatch.undo()
@@ -443,7 +486,7 @@ def test_the_whole_command_on_four_gloo_processes(tmp_path):
     assert parts["step, overlap chunks"]["bound"] == 1 / 2  # 2 heads a rank are at most 2 chunks
     saved = parts["step, overlap none"]["hidden"]
     assert saved is None and isinstance(parts["step, overlap chunks"]["hidden"], float)
-    assert done.stdout.count("45 of 45 cases passed.") == 1  # rank 0 alone prints
+    assert done.stdout.count("55 of 55 cases passed.") == 1  # rank 0 alone prints
     documented = (ROOT / "docs" / "formats.md").read_text()
     for names in (
         found,
@@ -469,8 +512,8 @@ def ends(faulty_runs):
 
 
 EXPECTED = {
-    "raises": r"rank 2 failed in case 6 of 15 \(.*\): ValueError: this rank has a defect \(at validate_faults",
-    "raises in a collective": r"rank 2 failed in case 6 of 15 \(.*\): RuntimeError: .*alltoall",
+    "raises": r"rank 2 failed in case 6 of 18 \(.*\): ValueError: this rank has a defect \(at validate_faults",
+    "raises in a collective": r"rank 2 failed in case 6 of 18 \(.*\): RuntimeError: .*alltoall",
     "killed": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
     "stopped": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
     "hangs": r"no rank has gone on for \d+ s. They stand:\n  ranks 0-1: case 6 .*\n  rank 2: case 6 .*validate_faults",
@@ -501,7 +544,7 @@ def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario)
             {5, 4} if scenario.startswith("raises") else {5}
         )  # rank 0 may be judging the fifth at that moment
         assert len(report["cases"]) in ({0} if scenario == "never comes" else judged)
-        assert report["cases_expected"] == 15
+        assert report["cases_expected"] == 18
 
 
 class SlowStore:
