@@ -86,6 +86,12 @@ class Flight:
         result: tuple[Tensor, ...] = _Finish.apply(self, stages, *map(self._tokens.pop, stages))
         return result
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor, of any shape, is memory that is under way: started without a copy, and not finished."""
+        packed = (parcel.sent for flight, parcel in self._packed if flight is self)
+        under_way = itertools.chain(packed, (sent for _, sent in self._works.values()))
+        return tensor.numel() > 0 and any(_same_memory(tensor, sent) for sent in under_way)
+
     def leave(self, stages: tuple[int, ...], tensors: tuple[Tensor, ...]) -> None:
         """`start` of stages that share these tensors, without autograd. Tensors in the shapes of the routes."""
         self._started.update(stages)
@@ -166,6 +172,12 @@ class Flight:
                 "Let the loss depend on every chunk that was started.",
             )
         return flight
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at the same element of one storage."""
+    same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same_storage and a.storage_offset() == b.storage_offset()
 
 
 class _Parcel(NamedTuple):

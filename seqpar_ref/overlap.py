@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .attention import DistributedAttention
 from .checks import no_type_check
+from .errors import LocalAttentionError
 from .exchange import Pending, followed, start_heads_to_sequence, start_sequence_to_heads
 from .flight import Flight
 from .graphs import outside_graphs
@@ -102,6 +103,7 @@ def in_chunks(
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
+        LocalAttentionError: of what the local attention returned, on the ranks that called it.
     """
     member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
     chunks = min(chunks, plan.most_chunks)
@@ -116,6 +118,11 @@ def in_chunks(
     own_query, own_key, own_value = coming.finish(0)
     for chunk, own in enumerate(own_heads(plan, member.rank, chunks)):
         result = attend(own_query, own_key, own_value, own)
+        if going.holds(result):
+            raise LocalAttentionError(
+                f"the local attention returned memory for chunk {chunk} in which an earlier result is under way.",
+                "Return new memory in each call, or use DistributedAttention.",
+            )
         if chunk < chunks - 1:
             own_query, own_key, own_value = coming.finish(chunk + 1)  # the one behind it leaves
         going.start(result, stage=chunk)
@@ -135,13 +142,14 @@ class ChunkedAttention(DistributedAttention):
     Args:
         local_attention, group, layout, plan: as for `DistributedAttention`. The local attention is called once
             for each chunk of this rank's heads, `[batch, seq, heads of the chunk, dim]` in the order of the
-            layout, and does not learn which heads these are: parameters by head are not possible. The result has
-            to be new memory in each call: it is under way while the next chunk is attended with.
+            layout, and does not learn which heads these are: parameters by head are not possible. It returns new
+            memory in each call, because a result is under way while the next chunk is attended with.
         chunks: how many; fewer where no rank has so many kv heads.
 
     Raises:
         PlanError: `chunks` is no integer of at least 1.
         LayoutError, ArgumentError, GroupError: as for `DistributedAttention`.
+        LocalAttentionError: in a call, where a result is memory in which an earlier chunk's is still under way.
     """
 
     def __init__(

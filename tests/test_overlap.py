@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from seqpar_ref import ChunkedAttention, DistributedAttention, Plan, UlyssesBlock, make_plan, routes
 from seqpar_ref.errors import (
     ArgumentError,
+    LocalAttentionError,
     MaskError,
     PlanError,
     ShapeError,
@@ -24,7 +25,7 @@ from seqpar_ref.local_attention import fused_attention, plain_attention
 from seqpar_ref.wire import Cut
 from simulator import VirtualWorld
 from simulator.errors import HazardError
-from tests.launch import on_gloo, on_virtual
+from tests.launch import RankFailed, on_gloo, on_virtual
 from tests.oracle import Case, expected
 from tests.recording import Record
 
@@ -337,6 +338,44 @@ def test_a_local_attention_that_ignores_what_it_gets(launch: Any) -> None:
     """Every rank runs every backward collective all the same, ranks without a chunk included."""
     case = Case.make([3, 0, 2, 4], heads=5, kv_heads=5)
     assert same(launch(values_only, 4, case, 0), launch(values_only, 4, case, 2))
+
+
+def attend_in_one_memory(layout: str, slices: bool) -> Tensor:
+    """Each result in the same memory, or in a part of it of its own."""
+    torch.manual_seed(dist.get_rank())
+    shape = {"b": 1, "s": 6, "h": 8, "d": 4}
+    qkv = torch.randn(3, *(shape[name] for name in layout.split()))
+    memory, taken = torch.empty(12 * 8 * 4), [0]
+
+    def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = fused_attention(query, key, value, layout=layout)
+        own = memory[taken[0] :][: result.numel()].view(result.shape)
+        taken[0] += result.numel() if slices else 0
+        return own.copy_(result)
+
+    with torch.no_grad():
+        chunked = ChunkedAttention(local, chunks=2, layout=layout)(*qkv)
+        assert torch.equal(chunked, DistributedAttention(layout=layout)(*qkv))
+    return chunked
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("layout", ["b s h d", "s b h d", "b h s d"])
+def test_a_local_attention_that_keeps_its_results_memory(layout: str) -> None:
+    """Where a result is copied before it travels, or has its own part of the memory, nothing is wrong."""
+    for launch in (on_virtual, on_gloo):
+        launch(attend_in_one_memory, 2, layout, True)
+    if layout == "b h s d":  # these chunks are in the order of the ranks only if they are copied
+        on_gloo(attend_in_one_memory, 2, layout, False)
+        return
+    with pytest.raises(
+        RankFailed, match="LocalAttentionError: the local attention returned memory for chunk 1"
+    ):
+        on_gloo(attend_in_one_memory, 2, layout, False)
+    with pytest.raises(HazardError):
+        on_virtual(attend_in_one_memory, 2, layout, False)
+    with pytest.raises(LocalAttentionError, match="memory for chunk 1"):
+        on_virtual(attend_in_one_memory, 2, layout, False, hazards="off")
 
 
 def test_second_derivatives_in_chunks_through_the_joint_world() -> None:
