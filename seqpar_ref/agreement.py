@@ -102,9 +102,10 @@ def gather(
     for name, values in by_rank.items():
         if name not in may_differ and len(set(values)) > 1:
             word, free = name.replace("_", " "), " and ".join(may_differ).replace("_", " ")
+            only = f"; only the {free} may differ" if free else ""
             raise RankMismatchError(
                 f"the ranks differ in {word}: {_by_value(name, values)}.",
-                f"Call with the same {word} on every rank of the group; only the {free} may differ.",
+                f"Call with the same {word} on every rank of the group{only}.",
             )
     return by_rank
 

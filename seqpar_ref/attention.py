@@ -61,6 +61,8 @@ class DistributedAttention(nn.Module):
       a module passed as `local_attention` get zero gradients on a rank without heads.
     - Gradients of anything else that the callable uses: pass the tensor as an argument, or make it a parameter
       of a module. One that is captured in a closure is unknown on a rank without heads.
+    - Activation checkpointing: with use_reentrant=True the ranks cannot compare whose gradients are needed, since the
+      first pass needs none. Let inputs need gradients on all ranks or on none.
     - Dropout: each rank draws for its own heads from its own generator, so the result depends on the number
       of ranks. Ranks that are seeded alike drop the same positions: seed each with its rank.
     - Autocast: query, key and value are cast before they travel.

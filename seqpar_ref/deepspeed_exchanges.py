@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import EVERY_DTYPE, gather
-from .checks import is_dense, is_integer, needs_gradient, no_type_check
+from .agreement import EVERY_DTYPE, gather, gradients
+from .checks import is_dense, is_integer, no_type_check
 from .device import wait_for_stream
 from .direct import Exchange
 from .errors import ArgumentError, ShapeError, TensorError
@@ -69,8 +69,8 @@ def single_all_to_all(
         PlanError: more elements than can be counted.
     """
     scattered, gathered = dims_of(scatter_idx, gather_idx, batch_dim_idx)
-    member, flat, route, shape = _prepared(input, scattered, gathered, group)
     if not async_op:
+        member, flat, route, shape = _prepared(input, scattered, gathered, group)
         (result,) = Exchange.apply(member, (route,), False, flat)
         return result.view(shape)
     if not isinstance(handle, MutableMapping) or not isinstance(type, str):
@@ -78,8 +78,9 @@ def single_all_to_all(
             f"async_op is set, handle is {handle!r} and type {type!r}: nobody could wait for the result.",
             'Pass a dict as handle, and the name that its entries begin with as type, such as "dq".',
         )
+    member, flat, route, shape = _prepared(input.detach(), scattered, gathered, group)
     flight = Flight(member, route)
-    flight.leave((0,), (flat.detach(),))
+    flight.leave((0,), (flat,))
     result = flat.new_empty(shape)
     _note(handle, type, Arrival(flight, result), result)
     return result
@@ -260,7 +261,8 @@ def _is_one_of(index: object, *known: int) -> bool:
 
 def _check_tensor(input: Tensor, least_dims: int) -> None:
     if not isinstance(input, Tensor) or not is_dense(input):
-        raise TensorError(f"input is a {type(input).__name__}.", "Pass a dense tensor.")
+        found = "tensor that is not dense" if isinstance(input, Tensor) else type(input).__name__
+        raise TensorError(f"input is a {found}.", "Pass a dense tensor.")
     if input.ndim < least_dims or 0 in input.shape[3:]:
         raise ShapeError(
             f"input is {tuple(input.shape)}.", f"Give it at least {least_dims} dims, and no head dim of 0."
@@ -288,13 +290,13 @@ def _prepared(
         "head_dim": behind,
         "dtype": EVERY_DTYPE.index(input.dtype),
         "tensor's_dims": input.ndim,
-        "requires_grad": int(needs_gradient(input)),
+        "requires_grad": gradients((input,), ()),
     }
     sizes = gather(member, record, ("size_to_gather",), input.device)["size_to_gather"]
     if input.ndim > 4:
         gather(member, {f"dim_{dim}": input.shape[dim] for dim in range(3 - input.ndim, 0)}, (), input.device)
     plan = Plan(sizes, divide(input.shape[scattered], member.size), input.shape[scattered])
-    flat = input.reshape(*input.shape[:3], behind)
+    flat = input.reshape(*input.shape[:3], behind).resolve_conj().resolve_neg()  # in memory as in value
     layout = Layout("as the indices say", batch=batch, sequence=gathered, heads=scattered)
     (route,) = routes_to_heads(plan, member.rank, layout, (Load(("query",), (behind,)),), flat)
     shape = list(input.shape)

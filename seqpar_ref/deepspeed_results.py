@@ -1,28 +1,38 @@
-"""The local attention of `deepspeed.DistributedAttention`, whose result only the ranks that have heads see.
+"""The local attention of `deepspeed.DistributedAttention`, and what all ranks have to know of its result.
 
-It may have a head dim and a dtype of its own, and heads and dim merged. Where some rank has no heads the others tell
-it, in a record of 32 bytes, so that it takes part in the exchange back with an empty result of that kind; and where
-the local attention raises on one rank, all ranks raise instead of waiting for it.
+It may have a head dim and a dtype of its own, and heads and dim merged. Where no plan was made the ranks tell each
+other which, in a record of 40 bytes, and whether it raised, so that no rank sends what another one does not expect, or
+waits for one that has left. Where some rank has no heads they do so in any case: it takes part in the exchange back
+with an empty result of that kind.
 
-Source: this package's own; the original needs at least one head on each rank.
+Source: this package's own; the original compares nothing, and needs at least one head on each rank.
 """
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .agreement import EVERY_DTYPE
+from .checks import check_tensor
 from .errors import LocalAttentionError, RankMismatchError
 from .group import TorchGroup
-from .own_heads import OwnAttention, own_heads
+from .own_heads import OwnAttention, connected, own_heads
 from .plan import Plan
 
-KIND_BYTES = 32  # what each rank sends to each other one where some rank has no heads
+KIND_BYTES = 40  # what each rank sends to each other one
 
 
-def attend_on_all_ranks(
-    attend: OwnAttention, query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: TorchGroup
+def attend_alike(
+    attend: OwnAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    group: TorchGroup,
+    *,
+    compare: bool,
 ) -> tuple[Tensor, bool]:
     """The local attention's result in four dims, and whether it merged heads and dim.
 
@@ -30,11 +40,12 @@ def attend_on_all_ranks(
         attend: this call's local attention.
         query, key, value: all tokens, `[batch, tokens, heads_local, dim]` in the order of its layout.
         plan, group: who owns which heads; the ranks that share the sequence.
+        compare: tell the other ranks; otherwise only where some rank has no heads.
 
     Raises:
-        LocalAttentionError: it returned something that is no output. Where some rank has no heads, on every rank
-            if it failed on one.
-        RankMismatchError: its results differ in kind, and some rank has no heads. On every rank.
+        LocalAttentionError, TensorError: it returned something that is no output. Where ranks are told,
+            LocalAttentionError on every other rank, whatever it raised.
+        RankMismatchError: its results differ in kind. On every rank, where they are told.
     """
     given, merged = attend.local, [False]
 
@@ -45,28 +56,31 @@ def attend_on_all_ranks(
 
     (own,) = own_heads(plan, group.rank)
     attend = replace(attend, local=local, free=True)
-    if min(plan.heads_by_rank):
+    if min(plan.heads_by_rank) and not compare:
         return attend(query, key, value, own), merged[0]
-    context, failure, kind = None, None, (0, 0, 0)
+    context, failure, kind = None, None, (0, 0, 0, 0)
     if own.query:
         try:
             context = attend(query, key, value, own)
-            kind = int(merged[0]), context.shape[3], EVERY_DTYPE.index(context.dtype)
+            check_tensor("the local attention's output", context, attend.layout)
+            dtype = EVERY_DTYPE.index(context.dtype)
+            kind = int(merged[0]), context.shape[3], dtype, int(context.requires_grad)
         except Exception as error:
             failure = error
     told = group.all_gather_integers([int(failure is not None), *kind], query.device)
     if failure is not None:
         raise failure
-    merges, dim, dtype = _the_kind(
-        [record for record, heads in zip(told, plan.heads_by_rank, strict=True) if heads]
-    )
+    told = [record for record, heads in zip(told, plan.heads_by_rank, strict=True) if heads]
+    merges, dim, dtype = _kind_of_all(told)
     if context is None:  # empty, of that kind, and like attention a function of all three
         tokens = value.sum(dim=(attend.layout.sequence, 3), keepdim=True).to(EVERY_DTYPE[dtype])
         context = attend(query, key, tokens.expand(*query.shape[:3], dim), own)
+    if any(needs_gradient for *_, needs_gradient in told):  # of something that this rank may not know
+        context = connected(context, torch.zeros(1, device=query.device, requires_grad=True))
     return context, bool(merges)
 
 
-def _the_kind(told: list[list[int]]) -> list[int]:
+def _kind_of_all(told: list[list[int]]) -> list[int]:
     """What the ranks that have heads say alike: merged or not, dim and dtype."""
     failed = sum(record[0] for record in told)
     if failed:
@@ -74,7 +88,7 @@ def _the_kind(told: list[list[int]]) -> list[int]:
             f"the local attention raised on {failed} of the {len(told)} ranks that have heads.",
             "See what those ranks report.",
         )
-    first, *others = (record[1:] for record in told)
+    first, *others = (record[1:4] for record in told)
     for other in others:
         if other != first:
             raise RankMismatchError(

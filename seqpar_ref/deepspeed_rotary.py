@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .agreement import EVERY_DTYPE
 from .checks import DTYPES, is_dense, no_type_check
+from .device import without_autocast
 from .errors import RotaryError
 from .plan import Plan
 from .shapes import Layout
@@ -52,8 +53,9 @@ def apply_rotary_pos_emb(
         if not _broadcasts(table.shape, turning.shape):
             raise RotaryError(f"{shapes}.", "Give them the dims of t, each of its size or of size 1.")
     first, second = turning.chunk(2, dim=-1)
-    turned = (turning * freqs_cos) + (torch.cat((-second, first), dim=-1) * freqs_sin)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    with without_autocast(t.device):  # which refuses to join tensors of another half type than its own
+        turned = (turning * freqs_cos) + (torch.cat((-second, first), dim=-1) * freqs_sin)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 @no_type_check

@@ -7,6 +7,7 @@ Streams appear only where a caller brings one, as with DeepSpeed's `sp_stream`.
 Source: docs.pytorch.org/docs/stable/accelerator.html, and D5 and D19 in docs/defects.md.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ def keep_for_current_stream(tensor: Tensor) -> None:
     now = current_stream()
     if now is not None and tensor.device.type == now.device.type:
         tensor.record_stream(now)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off inside, on a kind of device that has it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def synchronize() -> None:

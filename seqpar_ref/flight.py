@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import OrderError
+from .errors import LocalAttentionError, OrderError
 from .graphs import outside_graphs, recompute_here
 from .group import Group, Work
 from .routes import Route
@@ -86,18 +86,29 @@ class Flight:
         result: tuple[Tensor, ...] = _Finish.apply(self, stages, *map(self._tokens.pop, stages))
         return result
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor, of any shape, is memory that is under way: started without a copy, and not finished."""
-        packed = (parcel.sent for flight, parcel in self._packed if flight is self)
-        under_way = itertools.chain(packed, (sent for _, sent in self._works.values()))
-        return tensor.numel() > 0 and any(_same_memory(tensor, sent) for sent in under_way)
-
     def leave(self, stages: tuple[int, ...], tensors: tuple[Tensor, ...]) -> None:
-        """`start` of stages that share these tensors, without autograd. Tensors in the shapes of the routes."""
+        """`start` of stages that share these tensors, without autograd. Tensors in the shapes of the routes.
+
+        Raises:
+            LocalAttentionError: a tensor is memory in which an earlier stage is under way.
+        """
+        self._check_memory(tensors)
         self._started.update(stages)
         self._to_leave, self._tensors = [*stages], tensors
         self._pack_next()
         self._issue()
+
+    def _check_memory(self, tensors: tuple[Tensor, ...]) -> None:
+        """What is sent without a copy must not be written to before it has arrived."""
+        packed = (parcel.sent for flight, parcel in self._packed if flight is self)
+        under_way = [_addresses(sent) for sent in (*packed, *(sent for _, sent in self._works.values()))]
+        for own in map(_addresses, tensors) if under_way else ():
+            if any(own.start < other.stop and other.start < own.stop for other in under_way):
+                raise LocalAttentionError(
+                    "the local attention returned a chunk's result, or its gradients, in memory in which those of an "
+                    "earlier chunk are under way.",
+                    "Return new memory in each call, or use DistributedAttention.",
+                )
 
     def _pack_next(self) -> None:
         """Pack a stage, if there is one to leave."""
@@ -174,10 +185,16 @@ class Flight:
         return flight
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors begin at the same element of one storage."""
-    same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    return same_storage and a.storage_offset() == b.storage_offset()
+def _addresses(tensor: Tensor) -> range:
+    """The bytes from the first to the last element of a tensor; none where there is no memory, as of fake tensors."""
+    try:
+        first = tensor.data_ptr()
+    except RuntimeError:
+        first = 0
+    if not first or not tensor.numel():
+        return range(0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(first, first + (last + 1) * tensor.element_size())
 
 
 class _Parcel(NamedTuple):

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from .attention import DistributedAttention
 from .checks import no_type_check
-from .errors import LocalAttentionError
 from .exchange import Pending, followed, start_heads_to_sequence, start_sequence_to_heads
 from .flight import Flight
 from .graphs import outside_graphs
@@ -103,7 +102,8 @@ def in_chunks(
 
     Raises:
         GroupError, LayoutError, TensorError, ShapeError, ArgumentError: before any communication.
-        LocalAttentionError: of what the local attention returned, on the ranks that called it.
+        LocalAttentionError: of what the local attention returned, on the ranks that called it; in the backward
+            pass too, of memory in which earlier gradients are under way.
     """
     member, layout = check_shares(query, key, value, plan, group, attend.layout.name)
     chunks = min(chunks, plan.most_chunks)
@@ -118,11 +118,6 @@ def in_chunks(
     own_query, own_key, own_value = coming.finish(0)
     for chunk, own in enumerate(own_heads(plan, member.rank, chunks)):
         result = attend(own_query, own_key, own_value, own)
-        if going.holds(result):
-            raise LocalAttentionError(
-                f"the local attention returned memory for chunk {chunk} in which an earlier result is under way.",
-                "Return new memory in each call, or use DistributedAttention.",
-            )
         if chunk < chunks - 1:
             own_query, own_key, own_value = coming.finish(chunk + 1)  # the one behind it leaves
         going.start(result, stage=chunk)
@@ -149,7 +144,8 @@ class ChunkedAttention(DistributedAttention):
     Raises:
         PlanError: `chunks` is no integer of at least 1.
         LayoutError, ArgumentError, GroupError: as for `DistributedAttention`.
-        LocalAttentionError: in a call, where a result is memory in which an earlier chunk's is still under way.
+        LocalAttentionError: in a call, where a result is memory in which an earlier chunk's is still under way; in
+            the backward pass the same of gradients.
     """
 
     def __init__(

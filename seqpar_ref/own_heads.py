@@ -103,7 +103,7 @@ class OwnAttention:
             LocalAttentionError: the local attention returned something else.
         """
         if not own.query:
-            return _connected(_nothing(query, key, value), *self.others)
+            return connected(_nothing(query, key, value), *self.others)
         nodes = {id(tensor.grad_fn): tensor for tensor in (query, key, value)}
         links = [tensor.narrow_copy(0, 0, 0) for tensor in nodes.values()]
         kwargs = dict(self.kwargs)
@@ -114,7 +114,7 @@ class OwnAttention:
         result = self.local(query, key, value, *self.args, **kwargs)
         result = _checked(result, query, value, self.layout, self.free)
         if not result.requires_grad:
-            result = _connected(result, *self.others)
+            result = connected(result, *self.others)
         return _Tied.apply(result, *links)
 
 
@@ -162,7 +162,7 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return value * (query.sum() * key.sum()).exp()
 
 
-def _connected(result: Tensor, *others: Tensor) -> Tensor:
+def connected(result: Tensor, *others: Tensor) -> Tensor:
     """The result with a path for gradients, all zero, to others that need one.
 
     These are what the local attention was given beside query, key and value: where it was not called, or

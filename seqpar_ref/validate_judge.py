@@ -82,7 +82,7 @@ def planned_bytes(case: Case) -> np.ndarray:
     """Bytes [sender, receiver] of a forward and a backward pass together, by rank of the world.
 
     With checkpointing the backward pass runs the forward pass again. Without a plan each rank sends a record to
-    each other one in every forward pass, and so it does in `deepspeed` where some rank has no heads.
+    each other one in every forward pass; in `deepspeed` a second one, also where some rank has no heads.
     """
     ranks = len(case.tokens)
     forward, backward = np.zeros((2, ranks, ranks), dtype=np.int64)
@@ -94,9 +94,10 @@ def planned_bytes(case: Case) -> np.ndarray:
         forward[own] = plan.bytes(*sizes, value_dim=value_dim)
         backward[own] = plan.bytes(*sizes, backward=True, value_dim=value_dim)
         others = 1 - np.eye(len(members), dtype=np.int64)
+        of_original = case.kind == "deepspeed"
         if not case.planned:
-            forward[own] += others * (DEEPSPEED_RECORD_BYTES if case.kind == "deepspeed" else RECORD_BYTES)
-        if case.kind == "deepspeed" and not min(plan.heads_by_rank):
+            forward[own] += others * (DEEPSPEED_RECORD_BYTES if of_original else RECORD_BYTES)
+        if of_original and not (case.planned and min(plan.heads_by_rank)):
             forward[own] += others * KIND_BYTES
     twice = case.checkpoint is not None or case.call == "two at a time"
     return forward + backward + (forward if twice else 0)

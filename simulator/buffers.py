@@ -23,6 +23,8 @@ _TRANSFORMS = tuple(
     for name in ("eager_transforms.py", "vmap.py", "apis.py")
 )
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
+
 
 def check_transforms(kind: str) -> None:
     """Refuse forward-mode AD and functorch, of which a collective would keep no trace."""
@@ -159,10 +161,17 @@ def poison(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Sequence[Tens
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
     """The network's work, not the rank's: no gradient, and no mode that the rank has entered sees it."""
-    nothing = contextlib.nullcontext()
-    dispatch = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nothing
-    function = torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else nothing
-    with torch.no_grad(), dispatch, function:
+    with contextlib.ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        if torch._C._len_torch_dispatch_stack():
+            modes.enter_context(_disable_current_modes())
+        if torch._C._len_torch_function_stack():
+            modes.enter_context(torch._C.DisableTorchFunction())
+        modes.enter_context(torch.no_grad())
         yield
 
 

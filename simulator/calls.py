@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .source_lines import Lines, lines_text
@@ -48,7 +50,8 @@ class Call:
     def land(self, received: Sequence[Tensor]) -> None:
         """Fill the outputs, inside of `unobserved`; a rank that is not the root of a reduce has none."""
         for output, tensor in zip(self.outputs, received, strict=False):
-            output.copy_(tensor.view(output.shape))
+            with torch.inference_mode() if output.is_inference() else nullcontext():
+                output.copy_(tensor.view(output.shape))
         self.landed = True
 
     def __str__(self) -> str:

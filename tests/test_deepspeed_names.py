@@ -230,6 +230,42 @@ def test_an_asynchronous_exchange_that_nobody_could_wait_for(handle: Any, kind: 
         )
 
 
+def one_is_asynchronous(complete: bool) -> None:
+    given = torch.ones(2, 3, 4, 5, requires_grad=True)
+    handle: Any = {} if complete else None
+    names.single_all_to_all(given, 2, 1, 0, None, dist.get_rank() == 0, handle, "dq")
+
+
+@pytest.mark.gloo
+def test_an_asynchronous_exchange_has_no_gradient_for_the_others() -> None:
+    for run in (on_virtual, on_gloo):
+        first, second = run(raised, 2, one_is_asynchronous, True)
+        assert first == second and "requires grad: not needed on rank 0; needed on rank 1" in first
+
+
+def test_a_handle_that_is_missing_is_missed_before_any_communication() -> None:
+    """Nobody else has to be there."""
+
+    def alone() -> str | None:
+        return raised(one_is_asynchronous, False) if dist.get_rank() == 0 else None
+
+    assert "nobody could wait" in on_virtual(alone, 2)[0]
+
+
+def lazily_conjugated() -> None:
+    rank = dist.get_rank()
+    whole = torch.randn(1, 2, 4, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    given = whole.conj() if rank == 0 else whole.conj().resolve_conj()
+    got = names.single_all_to_all(given, 1, 2, 0, None)
+    assert torch.equal(got, whole.conj()[:, rank : rank + 1].repeat(1, 1, 2, 1))
+
+
+@pytest.mark.gloo
+def test_a_tensor_that_is_conjugated_when_it_is_read() -> None:
+    for run in (on_virtual, on_gloo):
+        run(lazily_conjugated, 2)
+
+
 def with_handle(kind: str) -> None:
     """The gradient is complete whether a caller waits as the original's hooks do, or reads it at once."""
     leaf, handle = whole_tensor(2, 3, 5, 4, seed=dist.get_rank()).requires_grad_(), {}
@@ -392,6 +428,131 @@ def test_where_the_local_attention_fails_a_rank_without_heads_does_not_wait(
     for run in (on_virtual, on_gloo):
         by_rank = run(raised, 4, fails_on_some_ranks, kind)
         assert by_rank[3].startswith(told) and own in by_rank[1]
+
+
+def differs_on_a_rank(kind: str) -> None:
+    """4 heads on 2 ranks: every rank has some."""
+    rank = dist.get_rank()
+
+    def local(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        if kind == "raises" and rank == 0:
+            raise ValueError("no")
+        if kind == "integers":
+            return query.long()
+        if kind == "same bytes" and rank == 1:
+            return value.double()[..., ::2]
+        if kind == "half types":
+            return value.half() if rank else value.bfloat16()
+        return value.flatten(2) if kind == "merged" and rank else value
+
+    try:
+        DistributedAttention(local, None, 2, 1)(*torch.ones(3, 1, 3, 4, 4), 0)
+    except ValueError as error:
+        if not isinstance(error, errors.SeqparError):
+            raise errors.ArgumentError("ValueError.", "") from error
+        raise
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "kind, first, second",
+    [
+        (
+            "raises",
+            "ArgumentError: ValueError",
+            "LocalAttentionError: the local attention raised on 1 of the 2",
+        ),
+        (
+            "same bytes",
+            "RankMismatchError",
+            "RankMismatchError: the local attention returned float32 with a head",
+        ),
+        (
+            "half types",
+            "RankMismatchError",
+            "RankMismatchError: the local attention returned bfloat16 with a head",
+        ),
+        (
+            "merged",
+            "RankMismatchError",
+            "RankMismatchError: the local attention returned float32 with a head dim",
+        ),
+    ],
+)
+def test_without_a_plan_no_rank_takes_a_result_for_what_it_is_not(kind: str, first: str, second: str) -> None:
+    for run in (on_virtual, on_gloo):
+        by_rank = run(raised, 2, differs_on_a_rank, kind)
+        assert by_rank[0].startswith(first) and by_rank[1].startswith(second)
+
+
+def frozen_inputs(heads: int, source: str) -> list[Tensor]:
+    """Of query, key and value none needs a gradient, but something that the module cannot see, or the tables."""
+    torch.manual_seed(0)
+    whole = torch.randn(3, 1, 6, heads, 4, dtype=torch.float64)
+    mine = whole[:, :, 3 * dist.get_rank() : 3 * dist.get_rank() + 3]
+    unseen = torch.randn(4, dtype=torch.float64, requires_grad=source == "closure")
+    cos, sin = (table.requires_grad_(source == "tables") for table in tables(6, 4))
+
+    def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return causal_attention("b s h d")(query, key, value * unseen)
+
+    given = (cos, sin) if source == "tables" and dist.get_rank() == 0 else (cos.detach(), sin.detach())
+    output = DistributedAttention(local, None, 2, 1)(*mine, 0, given)
+    output.sum().backward()
+    turned = [names.apply_rotary_pos_emb(x, cos.movedim(0, 1), sin.movedim(0, 1)) for x in whole[:2]]
+    right = local(*turned, whole[2])
+    own = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    torch.testing.assert_close(output, right[:, own], rtol=0, atol=1e-14)
+    return [] if unseen.grad is None else [unseen.grad]
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_result_that_is_no_floating_point_tensor_is_refused_on_all_ranks(heads: int) -> None:
+    def program() -> None:
+        DistributedAttention(lambda query, key, value: query.long(), None, 2, 1)(
+            *torch.ones(3, 1, 3, heads, 4), 0
+        )
+
+    words = "TensorError: the local attention's output is a torch.int64 tensor"
+    first, second = on_virtual(raised, 2, program)
+    assert words in first
+    assert words in second if heads == 4 else "LocalAttentionError: the local attention raised on 1" in second
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("heads", [1, 4])
+def test_gradients_of_what_the_local_attention_has_by_itself(heads: int) -> None:
+    """With one head the second rank attends with none, and its backward pass exchanges all the same."""
+    for run in (on_virtual, on_gloo):
+        first, *rest = run(frozen_inputs, 2, heads, "closure")
+        total = first[0] + sum(gradients[0] for gradients in rest if gradients)
+        torch.manual_seed(0)
+        query, key, value = torch.randn(3, 1, 6, heads, 4, dtype=torch.float64)
+        unseen = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        cos, sin = (table.movedim(0, 1) for table in tables(6, 4))
+        query, key = (names.apply_rotary_pos_emb(x, cos, sin) for x in (query, key))
+        causal_attention("b s h d")(query, key, value * unseen).sum().backward()
+        torch.testing.assert_close(total, unseen.grad, rtol=0, atol=1e-13)
+
+
+@pytest.mark.gloo
+def test_tables_that_need_gradients_on_some_ranks_are_refused_on_all() -> None:
+    for run in (on_virtual, on_gloo):
+        first, second = run(raised, 2, frozen_inputs, 4, "tables")
+        assert first == second and "the ranks differ in requires grad: needed on rank 0" in first
+
+
+def autocast_on_one_rank() -> Tensor:
+    """The rotation is not the local attention's: it comes before, and is not cast."""
+    shards = torch.ones(3, 2, 3, 4, 4, dtype=torch.float16)
+    pair = tuple(table.half() for table in tables(6, 4))
+    with torch.autocast("cpu", enabled=dist.get_rank() == 0):
+        return DistributedAttention(lambda query, key, value: query, None, 2, 1)(*shards, 0, pair)
+
+
+def test_autocast_does_not_reach_the_rotation() -> None:
+    assert [output.dtype for output in on_virtual(autocast_on_one_rank, 2)] == [torch.float16] * 2
 
 
 def under_autocast() -> None:

@@ -1,8 +1,10 @@
 """Communication behind computation: the same bits, the same bytes, no hazard, and in the order that is claimed."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -340,42 +342,73 @@ def test_a_local_attention_that_ignores_what_it_gets(launch: Any) -> None:
     assert same(launch(values_only, 4, case, 0), launch(values_only, 4, case, 2))
 
 
-def attend_in_one_memory(layout: str, slices: bool) -> Tensor:
-    """Each result in the same memory, or in a part of it of its own."""
+def attend_in_one_memory(layout: str, apart: int, only_on: int | None = None) -> None:
+    """Each result in memory that begins `apart` elements behind the one before."""
     torch.manual_seed(dist.get_rank())
-    shape = {"b": 1, "s": 6, "h": 8, "d": 4}
+    shape = {"b": 1, "s": 6, "h": 4 * dist.get_world_size(), "d": 4}
     qkv = torch.randn(3, *(shape[name] for name in layout.split()))
-    memory, taken = torch.empty(12 * 8 * 4), [0]
+    array = np.empty(10_000, dtype=np.float32)  # a storage of its own for each result, and the same memory
+    calls = itertools.count()
 
     def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result = fused_attention(query, key, value, layout=layout)
-        own = memory[taken[0] :][: result.numel()].view(result.shape)
-        taken[0] += result.numel() if slices else 0
-        return own.copy_(result)
+        if only_on not in (None, dist.get_rank()):
+            return result
+        own = torch.from_numpy(array)[next(calls) * apart :][: result.numel()]
+        return own.view(result.shape).copy_(result)
 
     with torch.no_grad():
         chunked = ChunkedAttention(local, chunks=2, layout=layout)(*qkv)
         assert torch.equal(chunked, DistributedAttention(layout=layout)(*qkv))
-    return chunked
+
+
+class KeepsItsGradients(torch.autograd.Function):
+    """The value, and gradients that are written into the same memory in each call."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, memory: list[Tensor]) -> Tensor:
+        ctx.memory = memory
+        return value * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(memory.view(gradient.shape).copy_(gradient) for memory in ctx.memory), None
+
+
+def gradients_in_one_memory() -> None:
+    inputs = torch.randn(3, 1, 3000, 16, 64).unbind()
+    memory = [torch.empty(2 * 3000 * 2 * 64) for _ in inputs]
+    module = ChunkedAttention(lambda *qkv: KeepsItsGradients.apply(*qkv, memory), chunks=4)
+    module(*(x.requires_grad_() for x in inputs)).sum().backward()
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["b s h d", "s b h d", "b h s d"])
-def test_a_local_attention_that_keeps_its_results_memory(layout: str) -> None:
+def test_a_local_attention_that_keeps_its_results_memory(layout: str, ranks: int) -> None:
     """Where a result is copied before it travels, or has its own part of the memory, nothing is wrong."""
+    a_result = 6 * ranks * 2 * 4
     for launch in (on_virtual, on_gloo):
-        launch(attend_in_one_memory, 2, layout, True)
-    if layout == "b h s d":  # these chunks are in the order of the ranks only if they are copied
-        on_gloo(attend_in_one_memory, 2, layout, False)
-        return
-    with pytest.raises(
-        RankFailed, match="LocalAttentionError: the local attention returned memory for chunk 1"
-    ):
-        on_gloo(attend_in_one_memory, 2, layout, False)
-    with pytest.raises(HazardError):
-        on_virtual(attend_in_one_memory, 2, layout, False)
-    with pytest.raises(LocalAttentionError, match="memory for chunk 1"):
-        on_virtual(attend_in_one_memory, 2, layout, False, hazards="off")
+        launch(attend_in_one_memory, ranks, layout, a_result)
+    for apart in (0, 4, 20):
+        # Chunks of heads-first results are copied, and one rank sends nothing.
+        if layout == "b h s d" or ranks == 1:
+            on_gloo(attend_in_one_memory, ranks, layout, apart)
+            continue
+        words = "LocalAttentionError: the local attention returned a chunk's result"
+        with pytest.raises(RankFailed, match=words) as error:
+            on_gloo(attend_in_one_memory, ranks, layout, apart)
+        assert str(error.value).count(words) == ranks
+        with pytest.raises(HazardError):
+            on_virtual(attend_in_one_memory, ranks, layout, apart)
+        for rank in range(ranks):
+            with pytest.raises(LocalAttentionError, match="returned a chunk's result"):
+                on_virtual(attend_in_one_memory, ranks, layout, apart, rank, hazards="off")
+
+
+def test_a_local_attention_that_keeps_the_memory_of_its_gradients() -> None:
+    with pytest.raises(LocalAttentionError, match="or its gradients"):
+        on_virtual(gradients_in_one_memory, 2, hazards="off")
 
 
 def test_second_derivatives_in_chunks_through_the_joint_world() -> None:

@@ -104,6 +104,34 @@ def test_grad_and_autocast_modes_are_the_callers():
         assert VirtualWorld(2).run(body)[1] == (True, True, torch.bfloat16)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_collective_is_no_operation_of_the_rank_that_completes_it(which):
+    """Its modes change neither what is sent nor who may use what has come: autocast casts no other half type, and
+    what is inference mode's stays on its rank."""
+
+    def program():
+        rank = dist.get_rank()
+        with torch.autocast("cpu", enabled=rank == which), torch.inference_mode(rank == which):
+            sent, came = (
+                torch.full((3,), rank + 1.0, dtype=torch.float16),
+                torch.empty(3, dtype=torch.float16),
+            )
+            dist.all_to_all_single(came, sent)
+            pairs = torch.empty(3, 3, dtype=torch.float16)
+            dist.all_gather_single(pairs.view(9), sent)
+            dist.all_reduce(sent)
+        assert came.tolist() == [1, 2, 3] and pairs[:, 0].tolist() == [1, 2, 3] and sent.tolist() == [6] * 3
+        assert came.is_inference() == sent.is_inference() == (rank == which)
+        if rank != which:
+            before = came._version
+            scale = torch.ones(3, dtype=torch.float16, requires_grad=True)
+            (scale * came).sum().backward()
+            assert scale.grad.tolist() == [1, 2, 3] and before > 0
+
+    for seed in (None, 1, 2):
+        VirtualWorld(3, seed=seed).run(program)
+
+
 def test_threads_and_hooks_are_restored():
     hook, threads, running = sys.excepthook, torch.get_num_threads(), threading.active_count()
     registry = dist.distributed_c10d._world
