@@ -1,12 +1,16 @@
-"""The command line. torch is imported inside the commands, so that `seqpar --help` is quick."""
+"""The command line. What takes long to import is imported inside the commands."""
 
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .progress import Output
+from .torchrun import is_first
 
 app = typer.Typer(
     help="Sequence-parallel attention, to read, to step through and to run.",
@@ -40,16 +44,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figure.")] = Path("seqpar-demo"),
 ) -> None:
     """A language model reads a text that is split over ranks; its logits and bytes are checked and drawn."""
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        print("importing torch ...", flush=True)
+    console = Output(quiet=not is_first())
+    with suppress(OSError):  # a full disk; whoever needs what is printed later hears of it
+        console.print("importing torch ...")
     from . import demo as demo_module
     from . import demo_processes
     from .errors import SeqparError
-    from .progress import Output
     from .torchrun import started_processes
 
-    console = Output(quiet=not first)
     code = 0
     try:
         if ranks is None:
@@ -62,7 +64,7 @@ def demo(
             demo_processes.run(options, console)
     except SeqparError as error:
         code = 1
-        if first:
+        if is_first():
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     raise typer.Exit(code)
 
@@ -92,18 +94,17 @@ def validate(
 ) -> None:
     """Does all of it hold here? Errors against one device, bytes against the plan, bits, times.
 
-    Exit code: 0 if everything passed on every rank, else 1.
+    Exit code: 0 only if everything passed on every rank.
     """
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        print("importing torch ...", flush=True)
+    console = Output(quiet=not is_first())
+    with suppress(OSError):
+        console.print("importing torch ...")
     from . import validate as validate_module
     from .errors import SeqparError
-    from .progress import Output
 
     try:
         options = validate_module.Options(backend, ranks, timeout, json, only, schedules, times)
-        passed = validate_module.run(options, Output(quiet=not first))
+        passed = validate_module.run(options, console)
     except SeqparError as error:
         passed, rank = False, os.environ.get("RANK")
         prefix = "" if rank is None else f"rank {rank}: "
@@ -188,9 +189,25 @@ def trace(
     raise typer.Exit(1 if failed else 2 if world.hazards else 0)
 
 
-def main() -> None:
-    """The console script `seqpar`."""
-    app()
+def main(arguments: list[str] | None = None, name: str = "seqpar") -> None:
+    """The console script `seqpar`. A command that failed ends the process at once.
+
+    It may leave threads behind, in a collective or a backward pass, and PyTorch aborts a process whose interpreter
+    closes while one of them comes back.
+    """
+    try:
+        app(arguments, prog_name=name)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            raise
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception as error:
+        code = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def connected(result: Tensor, *others: Tensor) -> Tensor:
-    """The result with a path for gradients, all zero, to others that need one.
+    """The result, of any shape, with a path for gradients, all zero, to others that need one.
 
     These are what the local attention was given beside query, key and value: where it was not called, or
     returned something detached, they get a gradient all the same.

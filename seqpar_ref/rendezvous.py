@@ -60,14 +60,12 @@ def meet(timeout: float) -> Meeting:
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeper = f"{'torchrun on the first node' if of_agent else 'rank 0'} ({host}, port {port})"
     keeps_store = rank == 0 and not of_agent
-    stores = _stores(host, port, size, keeper, keeps_store, timeout)
-    attempt = f"seqpar/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store, second = (dist.PrefixStore(attempt, store) for store in stores)
+    store, second = _stores(host, port, rank, size, keeper, keeps_store, timeout)
     return Meeting(store, second, rank, size, keeper, keeps_store)
 
 
 def _stores(
-    host: str, port: int, size: int, keeper: str, keeps_store: bool, timeout: float
+    host: str, port: int, rank: int, size: int, keeper: str, keeps_store: bool, timeout: float
 ) -> tuple[dist.Store, dist.Store]:
     """Two connections to the store."""
     seconds = ARRIVING * timeout
@@ -79,16 +77,19 @@ def _stores(
         _until_it_works(socket.getaddrinfo if keeps_store else _listens, host, port, deadline)
         listens.set()
         left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-        store: Any = dist.TCPStore(
+        found: Any = dist.TCPStore(
             host, port, size, keeps_store, left, wait_for_workers=False, multi_tenant=True
         )
+        attempt = f"seqpar/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store: Any = dist.PrefixStore(attempt, found)
+        _claim(store, rank, keeper)
         return store, store.clone()
 
     # Whoever listens may be no store, or a stopped one: PyTorch waits for its first answer without a limit.
-    found = _outcome_in_time(connect, seconds + 0.05 * timeout)
+    found = outcome_in_time(connect, seconds + 0.05 * timeout)
     if isinstance(found, tuple):
         return found
-    if not isinstance(found, OSError | RuntimeError | ValueError | None):
+    if isinstance(found, SeqparError) or not isinstance(found, OSError | RuntimeError | ValueError | None):
         raise found
     why = f"no answer within {seconds:.0f} s" if found is None else first_line(found)
     if keeps_store:
@@ -107,6 +108,17 @@ def _stores(
     ) from found
 
 
+def _claim(store: dist.Store, rank: int, keeper: str) -> None:
+    """Refuse to be a rank that is there already."""
+    own = f"host {socket.gethostname()}, pid {os.getpid()}"
+    first = store.compare_set(f"rank/{rank}", "", own).decode()
+    if first != own:
+        raise ArgumentError(
+            f"rank {rank} is there already ({first}), in the store of {keeper}.",
+            "Start each rank once, and give each run a MASTER_PORT of its own.",
+        )
+
+
 def _until_it_works(attempt: Callable[[str, int], object], host: str, port: int, deadline: float) -> None:
     while True:
         try:
@@ -122,7 +134,7 @@ def _listens(host: str, port: int) -> None:
     socket.create_connection((host, port), timeout=5.0).close()
 
 
-def _outcome_in_time(call: Callable[[], Found], seconds: float) -> Found | BaseException | None:
+def outcome_in_time(call: Callable[[], Found], seconds: float) -> Found | BaseException | None:
     """What the call returns or raises; None if it has not ended by then. It goes on behind."""
     outcome: Future[Found | BaseException] = Future()
 

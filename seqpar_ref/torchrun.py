@@ -9,12 +9,18 @@ from typing import NoReturn
 
 from .errors import ArgumentError
 
+DIGITS = 9  # of a rank, a number of ranks or a port
 MOST_RANKS = 16384  # on one machine; an exchange has a part for each pair of them
 
 
 def is_started() -> bool:
     """Whether this process is one of several ranks that were started, or the only one."""
     return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, or none of several: the one that prints and writes."""
+    return not os.environ.get("RANK", "").strip("0")
 
 
 def number_of(variable: str, otherwise: int | None = None) -> int:
@@ -24,9 +30,9 @@ def number_of(variable: str, otherwise: int | None = None) -> int:
         ArgumentError: it holds no number, or is not set and has to be.
     """
     found = os.environ.get(variable, "" if otherwise is None else str(otherwise))
-    if not found.isdecimal():
+    if not found.isdecimal() or len(found) > DIGITS:
         raise ArgumentError(
-            f"{variable} is {found!r} in the environment.",
+            f"{variable} is {found[: 2 * DIGITS]!r} in the environment.",
             "Give it a number, or use torchrun, which sets it.",
         )
     return int(found)
@@ -62,7 +68,10 @@ def check_ranks(ranks: int, backend: str) -> None:
         if ranks > MOST_RANKS:
             raise ArgumentError(f"--ranks {ranks} is more than {MOST_RANKS}.", "Use fewer.")
         return
-    processes = started_processes(otherwise=ranks)
+    processes = started_processes(otherwise=1 if backend == "virtual" else ranks)
+    rank = number_of("RANK")
+    if rank >= processes:
+        raise ArgumentError(f"RANK is {rank} and WORLD_SIZE {processes}.", f"Give RANK 0 to {processes - 1}.")
     if backend == "virtual" and processes > 1:
         raise ArgumentError(
             f"{processes} processes were started (by torchrun) and --backend is virtual.",

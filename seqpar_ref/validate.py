@@ -6,7 +6,6 @@ Every case of `validate_cases.py` is run on all ranks and compared with one devi
 gloo, with virtual ranks; then the parts of a step are timed. docs/real_ranks.md says what the tables mean.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from .device import device_of_backend
 from .errors import ArgumentError
-from .torchrun import become_torchrun, check_ranks, is_started, started_processes
+from .torchrun import become_torchrun, check_ranks, is_first, is_started, started_processes
 from .validate_cases import cases_for
 from .validate_ranks import Ranks
 from .validate_report import Report
@@ -54,8 +53,7 @@ def run(options: Options, console: Console) -> bool:
         ArgumentError: an option that cannot be, or that contradicts what was started.
         NoAcceleratorError, MissingRankError: devices, or ranks, that are not there.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    report = Report(options.json if is_first else None)
+    report = Report(options.json if is_first() else None)
     report.write()  # find out now whether the file can be written, and leave no old result in it
     try:
         return _run(options, report, console)
@@ -123,6 +121,6 @@ def _arguments(options: Options, backend: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    from .cli import app
+    from .cli import main
 
-    app(["validate", *sys.argv[1:]], prog_name="python -m seqpar_ref.validate")
+    main(["validate", *sys.argv[1:]], name="python -m seqpar_ref.validate")

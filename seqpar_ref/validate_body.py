@@ -62,21 +62,24 @@ def run_variant(case: Case, variant: str, device: torch.device) -> Tensors:
 
     Returns:
         By name, on the CPU: "output", [batch, seq_local, ...], and the gradient of each input (of this rank's
-        tokens) and weight (from this rank's tokens).
+        tokens), of each call; and of each weight (from this rank's tokens). None of what is frozen.
     """
     with _group_of(case) as group:
         rank = dist.get_rank()
         sequence = sequence_of(case, case.group_of(rank))
-        leaves, compute = prepare(case, variant, sequence, group, device)
-        inputs = [leaves[name] for name in sequence.inputs]
+        inputs, weights, compute = prepare(case, variant, sequence, group, device)
+        calls = [inputs]
+        if len(case.calls) > 1:
+            calls.append({name: (-leaf.detach()).requires_grad_() for name, leaf in inputs.items()})
         with torch.autocast(device.type, AUTOCAST, enabled=case.call == "autocast"):
-            output = _checkpointed(case, compute, inputs)
-            if case.call == "two at a time":
-                _another = compute(
-                    *(-leaf.detach() for leaf in inputs)
-                )  # alive until the gradients are there
-        output.backward(own_tokens(case, sequence.gradient, device).to(output))
-    results = {"output": output.detach()} | {name: _gradient(name, leaf) for name, leaf in leaves.items()}
+            outputs = [_checkpointed(case, compute, list(tensors.values())) for tensors in calls]
+        for output in outputs:
+            output.backward(own_tokens(case, sequence.gradient, device).to(output))
+    results = {}
+    for prefix, tensors, output in zip(case.calls, calls, outputs, strict=True):
+        results[f"{prefix}output"] = output.detach()
+        results |= {f"{prefix}{name}": leaf for name, leaf in _gradients(tensors)}
+    results |= dict(_gradients(weights))
     return {name: canonical(case, tensor).cpu() for name, tensor in results.items()}
 
 
@@ -106,9 +109,12 @@ def _checkpointed(case: Case, compute: Callable[..., Tensor], inputs: list[Tenso
     return output
 
 
-def _gradient(name: str, leaf: Tensor) -> Tensor:
-    if leaf.grad is None:
-        raise MissingGradientError(
-            f"{name} got no gradient.", "This is a defect of seqpar: please report it."
-        )
-    return leaf.grad
+def _gradients(leaves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Of the leaves that need one."""
+    for name, leaf in leaves.items():
+        if leaf.requires_grad and leaf.grad is None:
+            raise MissingGradientError(
+                f"{name} got no gradient.", "This is a defect of seqpar: please report it."
+            )
+        if leaf.grad is not None:
+            yield name, leaf.grad

@@ -33,10 +33,11 @@ def plan_of(case: Case, group: int) -> Plan:
 
 def prepare(
     case: Case, variant: str, sequence: Sequence, group: dist.ProcessGroup | None, device: torch.device
-) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
-    """The leaves that get gradients, and what computes the output from this rank's inputs among them."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[..., Tensor]]:
+    """This rank's inputs, the weights, and what computes the output from the inputs."""
     inputs = {
-        name: own_tokens(case, tensor, device).requires_grad_() for name, tensor in sequence.inputs.items()
+        name: own_tokens(case, tensor, device).requires_grad_(name not in case.frozen)
+        for name, tensor in sequence.inputs.items()
     }
     plan = plan_of(case, case.group_of(dist.get_rank()))
     known_plan = plan if case.planned else None
@@ -44,21 +45,26 @@ def prepare(
     if case.kind == "block":
         block = _block(case, variant, known_plan, group, device)
         block.load_state_dict(sequence.weights)
+        weights: dict[str, Tensor] = dict(block.named_parameters())
+        for name, weight in weights.items():
+            weight.requires_grad_(name not in case.frozen)
         given = sequence.positions[positions.cpu()].to(device) if case.call == "given positions" else None
-        return inputs | dict(block.named_parameters()), lambda x: block(x, given, is_causal=case.causal)
+        return inputs, weights, lambda x: block(x, given, is_causal=case.causal)
     if case.kind == "deepspeed":
-        return inputs, _original_names(case, variant, known_plan, group, sequence, device)
+        return inputs, {}, _original_names(case, variant, known_plan, group, sequence, device)
     attention = _attention(case, variant, known_plan, group)
     options: dict[str, Any] = {"is_causal": case.causal}
     if sequence.mask is not None:
-        options |= {"attn_mask": sequence.mask.to(device), "scale": SCALE}
+        options["attn_mask"] = sequence.mask.to(device)
+    if case.call == "mask and scale":
+        options["scale"] = SCALE
 
     def rotate(heads: Tensor) -> Tensor:
         if case.rotary == "none":
             return heads
         return apply_rotary(heads, positions, interleaved=case.rotary == "interleaved", layout=case.layout)
 
-    return inputs, lambda query, key, value: attention(rotate(query), rotate(key), value, **options)
+    return inputs, {}, lambda query, key, value: attention(rotate(query), rotate(key), value, **options)
 
 
 def _attention(case: Case, variant: Any, plan: Plan | None, group: dist.ProcessGroup | None) -> nn.Module:
@@ -98,10 +104,11 @@ def _original_names(
 ) -> Callable[..., Tensor]:
     """The original's `DistributedAttention`, with a local attention as its callers write it."""
 
-    def local_attention(*qkv: Tensor) -> Tensor:
-        query, key, value = (canonical(case, heads).transpose(1, 2) for heads in qkv)
-        gqa = query.shape[1] != key.shape[1]
-        result = scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=gqa)
+    def local_attention(
+        query: Tensor, key: Tensor, value: Tensor, is_causal: bool, *, enable_gqa: bool
+    ) -> Tensor:
+        query, key, value = (canonical(case, heads).transpose(1, 2) for heads in (query, key, value))
+        result = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
         return canonical(case, result.transpose(1, 2))
 
     scatter_idx, gather_idx, batch_dim_idx = INDICES[case.layout]
@@ -115,7 +122,8 @@ def _original_names(
         pair = torch.arange(2 * half, dtype=torch.float64, device=device) % half
         angle = sequence.positions.to(device)[:, None, None, None] * THETA ** (-pair / half)
         tables = angle.cos().to(case.dtype), angle.sin().to(case.dtype)
-    return lambda query, key, value: module(query, key, value, batch_dim_idx, tables)
+    gqa = case.heads != case.kv_heads
+    return lambda *qkv: module(*qkv, batch_dim_idx, tables, case.causal, enable_gqa=gqa)
 
 
 def own_tokens(case: Case, tensor: Tensor, device: torch.device) -> Tensor:

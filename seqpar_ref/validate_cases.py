@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 Kind = Literal["attention", "block", "wire", "deepspeed"]
-Call = Literal["plain", "mask and scale", "autocast", "given positions", "two at a time"]
+Call = Literal[
+    "plain",
+    "mask and scale",
+    "boolean mask",
+    "autocast",
+    "given positions",
+    "frozen query",
+    "two at a time",
+]
 FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 AUTOCAST = torch.bfloat16
 SCALE = 0.25  # of the scores, where a case is called with one
@@ -31,8 +39,9 @@ class Case:
         tokens: by rank of the world.
         groups: world ranks of each group.
         checkpoint: activation checkpointing of the whole call, None for none.
-        call: what it is given beside its tensors. "two at a time": before its backward pass a second call is made,
-            with other numbers.
+        call: how it is called, or what it is given beside its tensors. "frozen query": of the block's projections
+            key's and value's alone need gradients. "two at a time": a second call, of the negative inputs, comes
+            between the first one's forward and backward pass.
     """
 
     name: str
@@ -68,6 +77,16 @@ class Case:
         """The dtype in which query, key, value and output travel."""
         return AUTOCAST if self.call == "autocast" else self.dtype
 
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """What the names of each call's results begin with."""
+        return ("", "second ") if self.call == "two at a time" else ("",)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Inputs and weights that need no gradient."""
+        return ("x", "query.weight") if self.call == "frozen query" else ()
+
     def tokens_of(self, group: int) -> list[int]:
         """Tokens of each rank of the group."""
         return [self.tokens[rank] for rank in self.groups[group]]
@@ -92,7 +111,7 @@ class Sequence:
         weights: of the block's projections, by the names of its parameters. None for attention.
         gradient: of the loss with respect to the output.
         positions: of the tokens in the rotary embedding, [seq].
-        mask: added to the scores, [1, heads or 1, seq, seq]. None for none.
+        mask: [1, heads or 1, seq, seq], added to the scores, or [seq, seq], where keys are seen. None for none.
     """
 
     inputs: dict[str, Tensor]
@@ -122,10 +141,12 @@ def sequence_of(case: Case, group: int) -> Sequence:
         }
         inputs = {name: draw(batch, tokens, *size) for name, size in sizes.items()}
         gradient, mask = draw(batch, tokens, case.heads, case.value_dim), None
+        earlier = torch.ones(tokens, tokens, dtype=torch.bool).tril()
         if case.call == "mask and scale":
-            later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-            mask = draw(1, case.heads if len(case.tokens) <= 16 else 1, tokens, tokens)
-            mask = mask.masked_fill(later, float("-inf"))
+            heads = case.heads if len(case.tokens) <= 64 else 1  # thousands of them would fill the memory
+            mask = draw(1, heads, tokens, tokens).masked_fill(~earlier, float("-inf"))
+        if case.call == "boolean mask":
+            mask = earlier & (draw(tokens, tokens) > 0) | torch.eye(tokens, dtype=torch.bool)
         return Sequence(inputs, {}, gradient, positions, mask)
     rows = {"query": case.heads, "key": case.kv_heads, "value": case.kv_heads}
     weights = {
@@ -171,6 +192,8 @@ def _attention(ranks: int) -> Iterator[Case]:
     yield replace(even, name="checkpoint, reentrant", checkpoint="reentrant", **sizes["uneven heads"])
     yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["uneven heads"])
     yield _called(even, "mask and scale", dtype=FLOAT32, causal=False, **sizes["GQA, uneven"])
+    yield _called(even, "boolean mask", causal=False, layout="s b h d", **sizes["GQA"])
+    yield _called(even, "autocast", dtype=FLOAT32, **sizes["uneven heads"])
     yield _called(even, "two at a time", tokens=_unequal(ranks), **sizes["uneven heads"])
 
 
@@ -200,6 +223,7 @@ def _block(ranks: int) -> Iterator[Case]:
     yield replace(even, name="checkpoint, non-reentrant", checkpoint="non-reentrant", **sizes["GQA"])
     yield _called(even, "autocast", dtype=FLOAT32, bias=True, **sizes["uneven heads"])
     yield _called(even, "given positions", tokens=_unequal(ranks), **sizes["GQA"])
+    yield _called(even, "frozen query", **sizes["GQA"])
     yield _called(even, "two at a time", **sizes["GQA, uneven"])
 
 
@@ -230,11 +254,11 @@ def _plain(ranks: int) -> Case:
 
 
 def _sizes(ranks: int) -> dict[str, dict[str, Any]]:
-    """Query heads and kv heads, by what is special about them."""
+    """Query heads and kv heads, by what is special about them. Where they are many enough they come in chunks."""
     kv_few = (ranks + 1) // 2
     return {
         "uneven heads": _heads(2 * ranks + 1 if ranks <= 16 else ranks + 1),
-        "GQA": _heads(2 * ranks, ranks),
+        "GQA": _heads(4 * ranks, 2 * ranks) if ranks <= 16 else _heads(2 * ranks, ranks),
         "GQA, uneven": _heads(2 * (ranks + 1), ranks + 1),
         "MQA": _heads(ranks + 1, 1),
         "kv heads < ranks": _heads(3 * kv_few, kv_few),

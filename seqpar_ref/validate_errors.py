@@ -52,8 +52,8 @@ def errors_of(case: Case, shares: list[Share], device: torch.device) -> tuple[Er
     results = [_joined(case, [share.tensors for share in shares])]
     for variant in variants:
         results.append(_joined(case, [share.differing.get(variant, share.tensors) for share in shares]))
-    outputs = [key for key in exact if key[1] == "output"]
-    gradients = [key for key in exact if key[1] != "output"]
+    outputs = [key for key in exact if key[1].endswith("output")]
+    gradients = [key for key in exact if not key[1].endswith("output")]
     return _errors(case, results, same, exact, outputs), _errors(case, results, same, exact, gradients)
 
 

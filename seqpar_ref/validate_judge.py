@@ -99,8 +99,8 @@ def planned_bytes(case: Case) -> np.ndarray:
             forward[own] += others * (DEEPSPEED_RECORD_BYTES if of_original else RECORD_BYTES)
         if of_original and not (case.planned and min(plan.heads_by_rank)):
             forward[own] += others * KIND_BYTES
-    twice = case.checkpoint is not None or case.call == "two at a time"
-    return forward + backward + (forward if twice else 0)
+    again = forward if case.checkpoint else 0
+    return (forward + backward) * len(case.calls) + again
 
 
 def _dtype_problems(case: Case, shares: list[Share]) -> list[str]:
@@ -109,7 +109,7 @@ def _dtype_problems(case: Case, shares: list[Share]) -> list[str]:
     for share in shares:
         for variant, tensors in {VARIANTS[case.kind][0]: share.tensors, **share.differing}.items():
             for name, tensor in tensors.items():
-                expected = case.travelling if name == "output" else case.dtype
+                expected = case.travelling if name.endswith("output") else case.dtype
                 if tensor.dtype != expected:
                     problems[f"dtype ({variant}): {name} is {tensor.dtype}, not {expected}"] = True
     return list(problems)

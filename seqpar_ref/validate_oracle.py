@@ -14,7 +14,9 @@ from .validate_cases import AUTOCAST, SCALE, THETA, Case, Sequence
 
 
 def one_device(case: Case, sequence: Sequence, device: torch.device, *, exact: bool) -> dict[str, Tensor]:
-    """Output and the gradient of each input and weight, on the CPU, by name.
+    """Output and the gradient of each input and weight that is not frozen, on the CPU, by name.
+
+    Where there are two calls, those of the second as well; the gradients of the weights are sums of both.
 
     Args:
         sequence: the whole one of a group.
@@ -22,21 +24,33 @@ def one_device(case: Case, sequence: Sequence, device: torch.device, *, exact: b
     """
     dtype = torch.float64 if exact else case.dtype
     leaves = {
-        name: tensor.to(device, dtype).clone().requires_grad_()
+        name: tensor.to(device, dtype).clone().requires_grad_(name not in case.frozen)
         for name, tensor in (sequence.inputs | sequence.weights).items()
     }
-    mask = None if sequence.mask is None else sequence.mask.to(device, dtype)
+    mask = None if sequence.mask is None else sequence.mask.to(device)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
     positions = sequence.positions.to(device, torch.float64)
     attend: Callable[..., Tensor] = _by_formula if exact else _by_torch
     compute = _block if case.kind == "block" else _attention
-    casts = case.call == "autocast" and not exact
-    with torch.autocast(device.type, AUTOCAST, enabled=casts):
-        output = compute(case, leaves, positions, lambda *qkv: attend(*qkv, case, mask))
-    output.backward(sequence.gradient.to(output))
-    results = {"output": output.detach()}
-    for name, leaf in leaves.items():
-        results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    results = {}
+    for sign, prefix in zip((1, -1), case.calls, strict=False):
+        inputs = {
+            name: (sign * leaves[name].detach()).requires_grad_(name not in case.frozen)
+            for name in sequence.inputs
+        }
+        with torch.autocast(device.type, AUTOCAST, enabled=case.call == "autocast" and not exact):
+            output = compute(case, leaves | inputs, positions, lambda *qkv: attend(*qkv, case, mask))
+        output.backward(sequence.gradient.to(output))
+        results[f"{prefix}output"] = output.detach()
+        results |= {f"{prefix}{name}": _gradient(leaf) for name, leaf in inputs.items() if leaf.requires_grad}
+    weights = {name: leaves[name] for name in sequence.weights}
+    results |= {name: _gradient(leaf) for name, leaf in weights.items() if leaf.requires_grad}
     return {name: tensor.cpu() for name, tensor in results.items()}
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _attention(
@@ -62,7 +76,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, case: Case, mask: Tenso
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     result = F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=case.causal, scale=None if mask is None else SCALE, enable_gqa=gqa
+        query, key, value, mask, is_causal=case.causal, scale=_scale(case, query), enable_gqa=gqa
     )
     return result.transpose(1, 2)
 
@@ -72,14 +86,17 @@ def _by_formula(query: Tensor, key: Tensor, value: Tensor, case: Case, mask: Ten
     ratio = query.shape[2] // key.shape[2]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     key, value = (tensor.repeat_interleave(ratio, dim=1) for tensor in (key, value))
-    scale = query.shape[3] ** -0.5 if mask is None else SCALE
-    scores = query @ key.transpose(2, 3) * scale
+    scores = query @ key.transpose(2, 3) * _scale(case, query)
     if mask is not None:
-        scores = scores + mask
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if case.causal:
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
     return (scores.softmax(dim=3) @ value).transpose(1, 2)
+
+
+def _scale(case: Case, query: Tensor) -> float:
+    return SCALE if case.call == "mask and scale" else query.shape[3] ** -0.5
 
 
 def _rotary(case: Case, heads: Tensor, positions: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ class Ranks:
 
     def _stopped(self, verdict: str) -> None:
         """Told by the watch, on every rank, before it ends the process."""
+        self.report.error = verdict
+        self.report.write()
         print(f"rank {self.rank}: validate stopped: {verdict}", file=sys.stderr, flush=True)
         if 0 < len(self.report.rows) < self.report.expected:
             self.report.show_cases(self.console)
-        self.report.error = verdict
-        self.report.write()

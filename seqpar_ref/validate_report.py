@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Report:
         try:
             self.path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
+            with suppress(OSError):  # rather nothing than a part, which may look like a good result
+                self.path.write_text("")
             raise ArgumentError(
                 f"cannot write {self.path}: {error}.", "Name another file with --json."
             ) from error

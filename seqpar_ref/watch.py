@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from .errors import SeqparError
-from .rendezvous import ARRIVING, Meeting
+from .rendezvous import ARRIVING, Meeting, outcome_in_time
 from .standing import Seen, error_in_words, first_line, own_beat, ranks_in_words, where_all_stand
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -123,7 +123,8 @@ class Watch:
         """A handler in Python would wait for the collective; the socket is written to at once."""
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        heeded = (number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heeded}
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
 
     def _talk(self) -> None:
@@ -244,15 +245,18 @@ class Watch:
         """Report the verdict and end this process; the one that keeps the store ends last."""
         self._ending.acquire()  # never given back: one thread ends the process
         try:
-            self.report(verdict)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            outcome_in_time(lambda: self._say(verdict), self.grace)  # nobody may read what is printed
             if store_answers:
                 self._store.set(f"heard/{self.meeting.rank}", "1")
                 if self.meeting.keeps_store:
                     self._wait_until_all_have_heard()
         finally:
             os._exit(1)
+
+    def _say(self, verdict: str) -> None:
+        self.report(verdict)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     def _wait_until_all_have_heard(self) -> None:
         recently = self._clock.now - self.grace

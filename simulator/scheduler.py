@@ -73,8 +73,8 @@ class Scheduler:
         for baton in self._batons:
             baton.acquire()
         with on_one_core():
-            self._pass_on(self._choose())
             try:
+                self._pass_on(self._choose())
                 self._done.wait()
             except BaseException as interrupt:
                 self.fail(interrupt)
@@ -184,15 +184,15 @@ class Scheduler:
         """Give the baton to a rank that has none yet; False if it need not, or cannot, begin."""
         if self.failure is not None:
             return False
-        context = self._context.copy()
-        thread = threading.Thread(
-            target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True
-        )
-        self._threads[rank] = thread
         try:
+            context = self._context.copy()
+            thread = threading.Thread(
+                target=context.run, args=(self._main, rank), name=f"rank {rank}", daemon=True
+            )
+            self._threads[rank] = thread
             thread.start()
-        except RuntimeError as error:  # "can't start new thread"
-            del self._threads[rank]
+        except (RuntimeError, MemoryError, OSError) as error:
+            self._threads.pop(rank, None)
             self.fail(
                 WorldError(
                     f"rank {rank} of {self.size} cannot begin, because the machine gives no thread: {error}.\n"

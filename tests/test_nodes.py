@@ -120,7 +120,7 @@ def test_the_cable_is_pulled(hosts, tmp_path):
         arguments = ["seqpar_ref.validate", "--backend", "gloo", "--timeout", str(timeout), "--no-times"]
         commands[str(rank)] = hosts[rank // 2], arguments, variables
     with started(commands, tmp_path) as processes:
-        wait_for(tmp_path / "0", "checking 55 cases", seconds=60)
+        wait_for(tmp_path / "0", "checking 58 cases", seconds=60)
         time.sleep(1)
         assert ip("-n", hosts[0], "link", "set", CABLE, "down").returncode == 0
         pulled = time.monotonic()

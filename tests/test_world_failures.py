@@ -385,15 +385,18 @@ def test_a_world_that_cannot_be_is_refused(options):
         VirtualWorld(**options)
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), MemoryError("no memory")], ids=repr
+)
 @pytest.mark.parametrize("first", [0, 1, 4])
 @pytest.mark.parametrize("seed", [None, 1])
-def test_a_machine_without_threads_ends_the_world(monkeypatch, first, seed):
+def test_a_machine_without_threads_ends_the_world(monkeypatch, first, seed, error):
     """From the given rank on no thread can be started, while the ranks before it wait in a collective, or aside."""
     start, begun = threading.Thread.start, []
 
     def limited(thread):
         if len(begun) == first:
-            raise RuntimeError("can't start new thread")
+            raise error
         begun.append(thread)
         start(thread)
 
@@ -404,7 +407,7 @@ def test_a_machine_without_threads_ends_the_world(monkeypatch, first, seed):
     world = VirtualWorld(6, seed=seed)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(WorldError, match=r"rank \d of 6 cannot begin.*can't start new thread"):
+        with pytest.raises(WorldError, match=rf"rank \d of 6 cannot begin.*{error}"):
             world.run(program)
     assert len(begun) == first
     world.run(program)
