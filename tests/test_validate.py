@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from seqpar_ref import cli, validate, validate_calls, validate_errors
+from seqpar_ref import cli, rendezvous, validate, validate_calls, validate_errors
 from seqpar_ref.checks import DTYPES
 from seqpar_ref.errors import ArgumentError
 from seqpar_ref.rendezvous import Meeting
@@ -27,6 +27,7 @@ from seqpar_ref.validate_body import VARIANTS
 from seqpar_ref.validate_cases import cases_for, sequence_of
 from seqpar_ref.validate_judge import judge, planned_bytes
 from seqpar_ref.validate_oracle import one_device
+from seqpar_ref.validate_report import Report
 from seqpar_ref.validate_virtual import run_on_virtual_ranks
 from seqpar_ref.watch import Watch
 from tests import oracle
@@ -342,6 +343,37 @@ def test_what_is_raised_on_virtual_ranks_is_in_the_json(tmp_path, monkeypatch):
     assert "FAILED block, even heads, float64: ArgumentError: this is wrong." in done.stdout
 
 
+def test_a_result_that_cannot_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def disk_is_full(path, text, **options):
+        write(path, text[:30], **options)
+        if text:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", disk_is_full)
+    report = Report(tmp_path / "json", expected=0, error=None)
+    with pytest.raises(ArgumentError, match="No space left"):
+        report.write()
+    assert report.passed and (tmp_path / "json").read_text() == ""
+
+
+def test_a_failed_command_ends_at_once_with_all_that_it_has_to_say():
+    program = "import sys, threading, time, atexit; from seqpar_ref import cli; atexit.register(print, 'not reached');"
+    program += (
+        "threading.Thread(target=time.sleep, args=(1000,)).start(); cli.main(['validate', *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--ranks", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == "importing torch ...\n"
+    assert done.stderr.startswith("ArgumentError: --ranks 0 is no number of ranks")
+
+
 def test_an_interrupt_is_in_the_json(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -426,6 +458,13 @@ def test_refused_options(tmp_path, arguments, message):
         ({"WORLD_SIZE": "2", "RANK": "0"}, ["--ranks", "3"], "--ranks is 3 and 2 processes were started"),
         ({"WORLD_SIZE": "x", "RANK": "0"}, [], "WORLD_SIZE is 'x'"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, [], "RANK is 'x' in the environment"),
+        ({"WORLD_SIZE": "1", "RANK": ""}, [], "RANK is '' in the environment"),
+        (
+            {"WORLD_SIZE": "9" * 5000, "RANK": "0"},
+            [],
+            "WORLD_SIZE is '999999999999999999' in the environment",
+        ),
+        ({"WORLD_SIZE": "1", "RANK": "3"}, ["--backend", "virtual"], "RANK is 3 and WORLD_SIZE 1"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "1"}, [], "RANK is 2 and WORLD_SIZE 2"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, [], "MASTER_PORT is '' in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, [], "MASTER_ADDR is not set"),
@@ -522,6 +561,7 @@ EXPECTED = {
     "never comes": r"rank 2 of 3 never came: the others have waited for \d+ s",
     "first never comes": r"MissingRankError: rank 0 \(127.0.0.1, port \d+\) is missing: nobody has kept the store",
     "another program listens": r"MissingRankError: rank 0 \(127.0.0.1, port \d+\) keeps no store, though something",
+    "first cannot print": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
     "told to stop": r"rank 2 was stopped by SIGTERM in case 6",
 }
 
@@ -534,7 +574,8 @@ def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario)
     for rank in {*range(RANKS)} - {victim}:
         code, seconds, said = found[scenario, rank]  # a KeyError would be a rank that did not end
         assert code == 1
-        assert re.search(rf"^rank {rank}: (validate stopped: )?{EXPECTED[scenario]}", said, re.M), said
+        if (scenario, rank) != ("first cannot print", 0):
+            assert re.search(rf"^rank {rank}: (validate stopped: )?{EXPECTED[scenario]}", said, re.M), said
         assert "Traceback" not in said
         assert seconds < 4 * TIMEOUT
     if victim != 0:
@@ -545,6 +586,31 @@ def test_every_other_rank_ends_in_time_and_names_the_missing_one(ends, scenario)
         )  # rank 0 may be judging the fifth at that moment
         assert len(report["cases"]) in ({0} if scenario == "never comes" else judged)
         assert report["cases_expected"] == 18
+
+
+def test_a_rank_that_is_there_already_is_refused(monkeypatch):
+    """Another run that was given the same port would otherwise take its place."""
+    store = dist.HashStore()
+    rendezvous._claim(store, 1, "rank 0 (h, port 1)")
+    rendezvous._claim(store, 2, "rank 0 (h, port 1)")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(
+        ArgumentError, match=r"rank 1 is there already \(host .*, pid \d+\), in the store of rank 0"
+    ):
+        rendezvous._claim(store, 1, "rank 0 (h, port 1)")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watch = Watch(
+        Meeting(dist.HashStore(), dist.HashStore(), 0, 1, "rank 0", True), 4.0, lambda verdict: None
+    )
+    during = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)
+    watch.wait_for_everyone()
+    watch.finish()
+    after = signal.signal(signal.SIGHUP, before)
+    assert during[0] is after is signal.SIG_IGN and during[1] is not signal.SIG_DFL
 
 
 class SlowStore:

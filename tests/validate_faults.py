@@ -41,6 +41,7 @@ SCENARIOS = {
     "first never comes": 0,
     "another program listens": 0,
     "told to stop": 2,
+    "first cannot print": 2,
 }
 
 
@@ -60,7 +61,7 @@ def break_in(scenario: str) -> None:
             raise ValueError("this rank has a defect")
         if scenario == "raises in a collective":
             dist.all_to_all_single(torch.empty(7), torch.empty(5))
-        if scenario.endswith("killed"):
+        if scenario.endswith(("killed", "cannot print")):
             os.kill(os.getpid(), signal.SIGKILL)
         if scenario.endswith("stopped"):
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -69,6 +70,26 @@ def break_in(scenario: str) -> None:
         time.sleep(1000)
 
     validate_ranks.run_variant = wrong
+
+
+def stop_reading() -> None:
+    """From the case on, whatever this rank prints waits for ever, as on a terminal that is stopped."""
+    run = validate_ranks.run_variant
+    _, full = os.pipe()
+    os.set_blocking(full, False)
+    try:
+        while True:
+            os.write(full, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(full, True)
+
+    def silent(case, *args):
+        if case.name == CASE:
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+        return run(case, *args)
+
+    validate_ranks.run_variant = silent
 
 
 def start_rank(scenario: str, rank: int, port: int, folder: Path) -> int:
@@ -83,6 +104,8 @@ def start_rank(scenario: str, rank: int, port: int, folder: Path) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     if SCENARIOS[scenario] == rank:
         break_in(scenario)
+    if scenario == "first cannot print" and rank == 0:
+        stop_reading()
     arguments = ["--timeout", str(TIMEOUT), "--only", "heads", "--no-times", "--json", str(folder / "json")]
     code = 99
     try:
