@@ -1,4 +1,4 @@
-// Made from explorer/*.ts by "npm run build"; do not edit. Sources: d652d45f0b14bdb03816797c9f148a9772ac331d4e65feea3f7c44ded311e110
+// Made from explorer/*.ts by "npm run build"; do not edit. Sources: f888a48b85ca136bb9e9337e017c44ff7cdb78b0a6dea0e715c7572cb132525b
 "use strict";
 var seqparExplorer = (() => {
   var __defProp = Object.defineProperty;
@@ -130,7 +130,7 @@ var seqparExplorer = (() => {
         function: "OwnAttention.__call__",
         lines: [
           "if not own.query:",
-          "    return _connected(_nothing(query, key, value), *self.others)"
+          "    return connected(_nothing(query, key, value), *self.others)"
         ]
       },
       back: {

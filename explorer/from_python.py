@@ -38,7 +38,7 @@ SHOWN = {
     ),
     "uses": ("own_heads.py", "own_heads", "kv_of_query ="),
     "expand": ("own_heads.py", "OwnAttention.__call__", "if own.expand", "key, value ="),
-    "no heads": ("own_heads.py", "OwnAttention.__call__", "if not own.query", "return _connected("),
+    "no heads": ("own_heads.py", "OwnAttention.__call__", "if not own.query", "return connected("),
     "back": (
         "attention.py",
         "DistributedAttention.exchange_and_attend",
