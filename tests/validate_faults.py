@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -132,21 +134,27 @@ def note_ends(running: dict[int, tuple[str, int]], began: dict[str, float], ends
             time.sleep(0.05)
 
 
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports() -> Iterator[int]:
+    """Ports that nobody uses now, that Linux gives to nobody who does not ask for one, and that no other process
+    which runs this script takes: rank 0 takes its port seconds later.
+    """
+    first = 20_000 + 20 * (os.getpid() % 600)
+    for port in range(first, first + 20):
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            listener.close()
+            yield port
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     running, began, ends = {}, {}, {scenario: {} for scenario in SCENARIOS}
+    ports = free_ports()
     for scenario, victim in SCENARIOS.items():
         began[scenario] = time.monotonic()
         own = folder / scenario
         own.mkdir()
-        port = free_port()
+        port = next(ports)
         if scenario == "another program listens":
             mute = socket.create_server(("127.0.0.1", port))
         for rank in range(RANKS):
