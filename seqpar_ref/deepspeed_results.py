@@ -58,16 +58,15 @@ def attend_alike(
     attend = replace(attend, local=local, free=True)
     if min(plan.heads_by_rank) and not compare:
         return attend(query, key, value, own), merged[0]
-    context, failure, kind = None, None, (0, 0, 0, 0)
+    context, failure, record = None, None, [0, 0, 0, 0, 0]
     if own.query:
         try:
             context = attend(query, key, value, own)
             check_tensor("the local attention's output", context, attend.layout)
-            dtype = EVERY_DTYPE.index(context.dtype)
-            kind = int(merged[0]), context.shape[3], dtype, int(context.requires_grad)
+            record = _record_of(context, merged[0])
         except Exception as error:
-            failure = error
-    told = group.all_gather_integers([int(failure is not None), *kind], query.device)
+            failure, record = error, [1, 0, 0, 0, 0]
+    told = group.all_gather_integers(record, query.device)
     if failure is not None:
         raise failure
     told = [record for record, heads in zip(told, plan.heads_by_rank, strict=True) if heads]
@@ -78,6 +77,11 @@ def attend_alike(
     if any(needs_gradient for *_, needs_gradient in told):  # of something that this rank may not know
         context = connected(context, torch.zeros(1, device=query.device, requires_grad=True))
     return context, bool(merges)
+
+
+def _record_of(context: Tensor, merged: bool) -> list[int]:
+    """Failed or not, merged or not, dim, dtype, and whether it needs a gradient."""
+    return [0, int(merged), context.shape[3], EVERY_DTYPE.index(context.dtype), int(context.requires_grad)]
 
 
 def _kind_of_all(told: list[list[int]]) -> list[int]:

@@ -84,18 +84,31 @@ def plans_of(
     """
     own = Record.of(query, layout, key.shape[layout.heads], value.shape[3], requires_grad)
     kv_tokens = key.shape[layout.sequence]
-    if plan is None:
-        record = asdict(own) | {
-            "kv_tokens": kv_tokens,
-            "key_dtype": EVERY_DTYPE.index(key.dtype),
-            "value_dtype": EVERY_DTYPE.index(value.dtype),
-            **table_sizes(tables),
-        }
-        sizes = gather(group, record, ("tokens", "kv_tokens", "rotary_tokens"), query.device)
-        plan, kv_plan = _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
-        if tables is not None:
-            check_table_tokens(dict(enumerate(sizes["rotary_tokens"])), plan, kv_plan)
-        return plan, kv_plan
+    if plan is not None:
+        _check_given(plan, own, kv_tokens, tables, group, layout)
+        return plan, plan
+    record = asdict(own) | {
+        "kv_tokens": kv_tokens,
+        "key_dtype": EVERY_DTYPE.index(key.dtype),
+        "value_dtype": EVERY_DTYPE.index(value.dtype),
+        **table_sizes(tables),
+    }
+    sizes = gather(group, record, ("tokens", "kv_tokens", "rotary_tokens"), query.device)
+    plan, kv_plan = _plans(own.query_heads, own.kv_heads, sizes["tokens"], sizes["kv_tokens"])
+    if tables is not None:
+        check_table_tokens(dict(enumerate(sizes["rotary_tokens"])), plan, kv_plan)
+    return plan, kv_plan
+
+
+def _check_given(
+    plan: Plan,
+    own: Record,
+    kv_tokens: int,
+    tables: tuple[Tensor, Tensor] | None,
+    group: TorchGroup,
+    layout: Layout,
+) -> None:
+    """Refuse what a rank has where a plan, made beforehand, says something else."""
     check_size(group, plan.ranks)
     tokens = len(plan.tokens_of(group.rank))
     planned = (tokens, tokens, plan.heads, plan.kv_heads)
@@ -108,7 +121,6 @@ def plans_of(
         )
     if tables is not None:
         check_table_tokens({group.rank: len(tables[0])}, plan, plan)
-    return plan, plan
 
 
 @lru_cache(maxsize=64)
