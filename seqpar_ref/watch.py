@@ -242,14 +242,16 @@ class Watch:
         )
 
     def _end(self, verdict: str, store_answers: bool) -> NoReturn:
-        """Report the verdict and end this process; the one that keeps the store ends last."""
+        """Report the verdict and end this process; the one that keeps the store ends last.
+
+        A busy disk or a starved core delays the word for seconds, and it must not be lost. But where nobody reads
+        what is printed, or the store falls silent now, the process still ends.
+        """
         self._ending.acquire()  # never given back: one thread ends the process
         try:
-            outcome_in_time(lambda: self._say(verdict), self.grace)  # nobody may read what is printed
+            outcome_in_time(lambda: self._say(verdict), self.timeout / 2)
             if store_answers:
-                self._store.set(f"heard/{self.meeting.rank}", "1")
-                if self.meeting.keeps_store:
-                    self._wait_until_all_have_heard()
+                outcome_in_time(self._let_go_of_the_store, self.timeout / 2)
         finally:
             os._exit(1)
 
@@ -258,9 +260,11 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _wait_until_all_have_heard(self) -> None:
-        recently = self._clock.now - self.grace
-        there = [f"heard/{rank}" for rank, seen in enumerate(self._seen) if seen.at > recently]
-        began = time.monotonic()
-        while not self._store.check(there) and time.monotonic() - began < self.grace:
-            time.sleep(self.interval / 4)
+    def _let_go_of_the_store(self) -> None:
+        """Note that this rank has said it; the one that keeps the store waits until all that are there have."""
+        self._store.set(f"heard/{self.meeting.rank}", "1")
+        if self.meeting.keeps_store:
+            recently = self._clock.now - self.grace
+            there = [f"heard/{rank}" for rank, seen in enumerate(self._seen) if seen.at > recently]
+            while not self._store.check(there):
+                time.sleep(self.interval / 4)

@@ -564,6 +564,7 @@ EXPECTED = {
     "first cannot print": r"rank 2 \(host .*, pid \d+\) is missing: it has said nothing for",
     "told to stop": r"rank 2 was stopped by SIGTERM in case 6",
 }
+EXPECTED |= {f"all print late, {scenario}": EXPECTED[scenario] for scenario in ("first is killed", "killed")}
 
 
 @pytest.mark.torchrun

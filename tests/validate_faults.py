@@ -44,6 +44,8 @@ SCENARIOS = {
     "another program listens": 0,
     "told to stop": 2,
     "first cannot print": 2,
+    "all print late, first is killed": 0,
+    "all print late, killed": 2,
 }
 
 
@@ -94,6 +96,17 @@ def stop_reading() -> None:
     validate_ranks.run_variant = silent
 
 
+def print_late() -> None:
+    """This rank's last word takes a while, as on a disk that is busy: longer than the ranks wait for one another."""
+    stopped = validate_ranks.Ranks._stopped
+
+    def late(self, verdict):
+        time.sleep(self.watch.grace + 1)
+        stopped(self, verdict)
+
+    validate_ranks.Ranks._stopped = late
+
+
 def start_rank(scenario: str, rank: int, port: int, folder: Path) -> int:
     """Fork one rank. Returns its process id."""
     process = os.fork()
@@ -108,6 +121,8 @@ def start_rank(scenario: str, rank: int, port: int, folder: Path) -> int:
         break_in(scenario)
     if scenario == "first cannot print" and rank == 0:
         stop_reading()
+    if scenario.startswith("all print late"):
+        print_late()
     arguments = ["--timeout", str(TIMEOUT), "--only", "heads", "--no-times", "--json", str(folder / "json")]
     code = 99
     try:
