@@ -12,7 +12,8 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c \
 	'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 TORCH_INDEX ?=
 DEMO ?=
-TEST ?= --numprocesses 2 --dist loadfile
+# A test process that dies fails the run at once, and what C++ said last is shown; xdist would start another and wait for ever.
+TEST ?= --numprocesses 2 --dist loadfile --max-worker-restart 0 --capture sys
 NOTEBOOKS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input --constraint constraints.txt
