@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -634,6 +636,18 @@ def test_a_store_that_answers_slowly_is_not_said_to_have_stopped(monkeypatch):
     watch.wait_for_everyone()
     watch.finish()
     assert ended == []
+
+
+def test_a_store_that_falls_silent_after_the_verdict_does_not_keep_the_process(monkeypatch):
+    said, silent = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    watch = Watch.__new__(Watch)  # without its threads
+    watch.meeting = Meeting(dist.HashStore(), dist.HashStore(), 1, 2, "rank 0", False)
+    watch.timeout, watch.grace, watch.report, watch._ending = 0.4, 0.1, said.append, threading.Lock()
+    watch._store = SimpleNamespace(set=lambda *_: silent.wait())
+    outcome = rendezvous.outcome_in_time(lambda: watch._end("a rank is missing", store_answers=True), 10.0)
+    silent.set()
+    assert said == ["a rank is missing"] and isinstance(outcome, SystemExit)  # it would be None
 
 
 @pytest.mark.parametrize("first_is_there", [False, True])
